@@ -1,0 +1,54 @@
+"""evomerge: evolutionary search for the best model that can be merged from fine-tuned checkpoints.
+
+Examples:
+    >>> import evomerge
+    >>> run = evomerge.search("configs/quickstart.yaml")      # doctest: +SKIP
+    >>> run.results["winner"]["test"]["mean"]                 # doctest: +SKIP
+    >>> run.candidates().sort_values("fitness").tail()        # doctest: +SKIP
+    >>> run.export("merged")                                  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "search": "evomerge.searching.run",
+    "resume": "evomerge.searching.run",
+    "Run": "evomerge.searching.run",
+    "merge": "evomerge.merging",
+    "evaluate": "evomerge.scoring",
+    "Config": "evomerge.config",
+    "load_config": "evomerge.config",
+    "Recipe": "evomerge.recipe",
+    "load_recipe": "evomerge.recipe",
+}
+
+__all__ = [
+    "Config",
+    "Recipe",
+    "Run",
+    "evaluate",
+    "load_config",
+    "load_recipe",
+    "merge",
+    "resume",
+    "search",
+]
+
+if TYPE_CHECKING:
+    from evomerge.config import Config, load_config
+    from evomerge.scoring import evaluate
+    from evomerge.merging import merge
+    from evomerge.recipe import Recipe, load_recipe
+    from evomerge.searching.run import Run, resume, search
+
+
+def __getattr__(name: str) -> Any:
+    """Import public names on first use, so that `import evomerge` is cheap and sets no thread counts late."""
+    if name in _PUBLIC:
+        return getattr(import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'evomerge' has no attribute '{name}'")

@@ -1,0 +1,164 @@
+"""Whether checkpoints can be merged with each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from evomerge.checkpoints.reader import Checkpoint
+from evomerge.errors import CheckpointError
+
+_SHOWN = 3
+
+# Keys that must agree, with the names that families give them. They decide shapes or how shapes are read.
+_DECISIVE: tuple[tuple[str, ...], ...] = (
+    ("model_type",),
+    ("hidden_size", "n_embd", "d_model"),
+    ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
+    ("intermediate_size", "n_inner", "ffn_dim"),
+    ("vocab_size",),
+    ("num_attention_heads", "n_head", "n_heads"),
+    ("num_key_value_heads",),
+    ("head_dim",),
+    ("hidden_act", "hidden_activation", "activation_function"),
+    ("num_local_experts", "num_experts", "n_routed_experts"),
+)
+
+# Keys that change what a layer computes from the same tensors. Fine-tunes do change them (longer contexts).
+_FORWARD: tuple[tuple[str, ...], ...] = (
+    ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"),
+    ("max_position_embeddings", "n_positions"),
+    ("sliding_window",),
+    ("use_sliding_window",),
+    ("layer_types",),
+    ("num_experts_per_tok",),
+    ("attn_logit_softcapping",),
+    ("final_logit_softcapping",),
+    ("query_pre_attn_scalar",),
+)
+
+
+def check_compatible(base: Checkpoint, others: Mapping[str, Checkpoint]) -> list[str]:
+    """Refuse checkpoints that cannot be merged: other architecture, sizes, tying, tensors or shapes.
+
+    Args:
+        base: what the others are compared with.
+        others: by name.
+
+    Returns:
+        Warnings, one sentence each: config keys that leave the tensors mergeable but change what is computed
+        from them (rotary embedding, epsilon of the norms, context length, …). The output takes the base's.
+
+    Raises:
+        CheckpointError: names the expert, and the config key or the tensors that differ.
+    """
+    warnings: list[str] = []
+    for name, other in others.items():
+        _check_config(base, name, other)
+        _check_tensors(base, name, other)
+        warnings += _forward_differences(base, name, other)
+    return warnings
+
+
+def rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the rotary embedding's settings, whichever transformers version wrote the config.
+
+    Version 5 keeps them in ``rope_parameters``, version 4 in ``rope_theta`` and ``rope_scaling``.
+    """
+    settings = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if config.get(key) is not None:
+            settings.setdefault(key, config[key])
+    nested = any(isinstance(value, dict) for value in settings.values())
+    if settings and not nested:
+        settings["rope_type"] = settings.pop("type", None) or settings.get("rope_type") or "default"
+        settings.setdefault("partial_rotary_factor", 1.0)
+    return settings
+
+
+def _called(base: Checkpoint) -> str:
+    return "the base" if base.name in ("", "base") else f"'{base.name}'"
+
+
+def _value(config: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
+    """Return the value of the first of the keys that has one, else the one that follows from other keys."""
+    value = next((config[key] for key in keys if config.get(key) is not None), None)
+    heads, width = config.get("num_attention_heads"), config.get("hidden_size")
+    if value is None and keys == ("num_key_value_heads",):
+        return heads
+    if (
+        value is None
+        and keys == ("head_dim",)
+        and isinstance(heads, int)
+        and isinstance(width, int)
+        and heads
+    ):
+        return width // heads
+    return value
+
+
+def _key(config: Mapping[str, Any], keys: tuple[str, ...]) -> str:
+    return next((key for key in keys if key in config), keys[0])
+
+
+def _check_config(base: Checkpoint, name: str, other: Checkpoint) -> None:
+    for keys in _DECISIVE:
+        ours, theirs = _value(base.config, keys), _value(other.config, keys)
+        if ours is not None and theirs is not None and ours != theirs:
+            raise CheckpointError(
+                f"{other.path}: expert '{name}' has {_key(base.config, keys)} {theirs}, "
+                f"{_called(base)} {ours}; only fine-tunes of one architecture can be merged"
+            )
+    if base.tied != other.tied:
+        words = {True: "tied", False: "untied"}
+        raise CheckpointError(
+            f"{other.path}: expert '{name}' has {words[other.tied]} embeddings, {_called(base)} "
+            f"{words[base.tied]} ones (tie_word_embeddings); save both in the same form first"
+        )
+
+
+def _check_tensors(base: Checkpoint, name: str, other: Checkpoint) -> None:
+    missing = [tensor for tensor in base.tensors if tensor not in other.tensors]
+    unknown = [tensor for tensor in other.tensors if tensor not in base.tensors]
+    if missing:
+        raise CheckpointError(
+            f"{other.path}: expert '{name}' lacks {_list(missing)}, which {_called(base)} has; "
+            "only fine-tunes of one architecture can be merged"
+        )
+    if unknown:
+        raise CheckpointError(
+            f"{other.path}: expert '{name}' has {_list(unknown)}, unknown to {_called(base)}; "
+            "only fine-tunes of one architecture can be merged"
+        )
+    differing = [t for t in base.tensors if base.tensors[t].shape != other.tensors[t].shape]
+    if differing:
+        first, rest = differing[0], len(differing) - 1
+        more = f"; {rest} further tensors differ in shape too" if rest else ""
+        raise CheckpointError(
+            f"{other.path}: '{first}' has shape {list(other.tensors[first].shape)} in expert '{name}', "
+            f"{list(base.tensors[first].shape)} in {_called(base)}{more}"
+        )
+
+
+def _list(tensors: list[str]) -> str:
+    """Name at most three tensors, and count them."""
+    shown = ", ".join(f"'{tensor}'" for tensor in tensors[:_SHOWN])
+    more = f", … ({len(tensors)} tensors)" if len(tensors) > _SHOWN else ""
+    return ("tensor " if len(tensors) == 1 else "tensors ") + shown + more
+
+
+def _forward_differences(base: Checkpoint, name: str, other: Checkpoint) -> list[str]:
+    differences = []
+    for keys in _FORWARD:
+        ours, theirs = _value(base.config, keys), _value(other.config, keys)
+        if ours is not None and theirs is not None and ours != theirs:
+            differences.append((_key(base.config, keys), theirs, ours))
+    one, two = rope_settings(base.config), rope_settings(other.config)
+    for key in sorted({*one, *two} if one and two else ()):
+        unknown_default = key == "rope_theta" and (key not in one or key not in two)
+        if not unknown_default and one.get(key) != two.get(key):
+            differences.append((key, two.get(key), one.get(key)))
+    return [
+        f"expert '{name}' has {key} {theirs}, {_called(base)} {ours}; the merged model has one setting"
+        for key, theirs, ours in differences
+    ]

@@ -1,0 +1,128 @@
+"""What tensors a checkpoint must have, by rule from its config and the names of its tensors."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from evomerge.checkpoints.names import parse
+from evomerge.errors import CheckpointError, at
+
+# Attention patterns that change the mask, not the tensors.
+_SAME_TENSORS = {
+    "full_attention": "attention",
+    "sliding_attention": "attention",
+    "chunked_attention": "attention",
+}
+_LAYER_COUNT = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_TYPE_LISTS = ("layer_types", "layers_block_type", "mlp_layer_types", "hybrid_override_pattern")
+_NOT_INPUT = {"wpe", "embed_positions", "position_embeddings", "token_type_embeddings"}
+
+
+def layer_count(config: Mapping[str, Any], file: Path | str) -> int:
+    """Return the number of layers that a config declares; `file` is named in errors."""
+    for key in _LAYER_COUNT:
+        if key in config:
+            count = config[key]
+            if type(count) is not int or count < 1:
+                raise CheckpointError(f"{at(file, key)}{count!r} is not a positive whole number")
+            return count
+    if "text_config" in config:
+        raise CheckpointError(
+            f"{file}: a multimodal model cannot be merged; extract its language model first"
+        )
+    raise CheckpointError(f"{at(file, 'num_hidden_layers')}this key is missing")
+
+
+def input_embedding(names: Iterable[str]) -> str | None:
+    """Return the name of the token embedding's weight, or None."""
+    for name in names:
+        if parse(name).role == "embedding" and not _NOT_INPUT & set(name.split(".")):
+            return name
+    return None
+
+
+def output_head(names: Iterable[str]) -> str | None:
+    """Return the name of the language-model head's weight, or None."""
+    return next((name for name in names if parse(name).role == "head" and name.endswith("weight")), None)
+
+
+def check_complete(names: Iterable[str], config: Mapping[str, Any], *, tied: bool, place: Path | str) -> None:
+    """Refuse a checkpoint whose set of tensors cannot be right; the sentence names a tensor.
+
+    Layers 0 to n−1 must all be there and have the same tensors, where the config gives layers of different
+    kinds (`layer_types` and the like) the same within a kind; there must be no further layer; an embedding
+    and, unless it is tied, a head.
+
+    Args:
+        names: of the tensors, buffers left out.
+        config: the checkpoint's ``config.json``.
+        tied: whether the head shares the embedding's weight.
+        place: the folder, for errors.
+    """
+    names = list(names)
+    count = layer_count(config, place)
+    layers: dict[int, set[str]] = {index: set() for index in range(count)}
+    for name in names:
+        tensor = parse(name)
+        if isinstance(tensor.position, int):
+            if tensor.position >= count:
+                raise CheckpointError(
+                    f"{place}: '{name}' belongs to layer {tensor.position}, but config.json declares "
+                    f"{count} layers (0 to {count - 1})"
+                )
+            layers[tensor.position].add(tensor.stem)
+    for index, stems in layers.items():
+        if not stems:
+            raise CheckpointError(f"{place}: layer {index} of {count} has no tensors at all")
+    kinds: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+    for index in range(count):
+        kinds[_kind(config, index, count)].append(index)
+    for members in kinds.values():
+        _check_alike({index: layers[index] for index in members}, place)
+    if input_embedding(names) is None:
+        raise CheckpointError(f"{place}: the token embedding is missing (e.g. 'model.embed_tokens.weight')")
+    if not tied and output_head(names) is None:
+        raise CheckpointError(
+            f"{place}: 'lm_head.weight' is missing, and config.json says tie_word_embeddings: false"
+        )
+
+
+def _check_alike(layers: Mapping[int, set[str]], place: Path | str) -> None:
+    for stem in sorted(set().union(*layers.values())):
+        having = [index for index, stems in layers.items() if stem in stems]
+        if len(having) == len(layers):
+            continue
+        if 2 * len(having) >= len(layers):
+            index = next(index for index in layers if index not in having)
+            raise CheckpointError(
+                f"{place}: tensor '{stem.replace('{}', str(index), 1)}' is missing; "
+                f"{len(having)} of {len(layers)} layers of this kind have it"
+            )
+        raise CheckpointError(
+            f"{place}: tensor '{stem.replace('{}', str(having[0]), 1)}' is unknown; only {len(having)} of "
+            f"{len(layers)} layers of this kind have it"
+        )
+
+
+def _kind(config: Mapping[str, Any], index: int, count: int) -> tuple[Any, ...]:
+    """Return what the config says of a layer that may change its set of tensors."""
+    kind: list[Any] = []
+    for key in _TYPE_LISTS:
+        types = config.get(key)
+        if isinstance(types, list | str) and len(types) == count:
+            kind.append(_SAME_TENSORS.get(str(types[index]), str(types[index])))
+    dense = config.get("mlp_only_layers") or []
+    step = config.get("decoder_sparse_step") or 1
+    kind.append(index in dense or (index + 1) % step != 0)
+    kind.append(index < (config.get("first_k_dense_replace") or 0))
+    kind.append(
+        index % (config.get("moe_layer_freq") or 1) if type(config.get("moe_layer_freq")) is int else 0
+    )
+    for part in ("attn_layer", "expert_layer"):
+        period, offset = config.get(f"{part}_period"), config.get(f"{part}_offset")
+        if isinstance(period, int) and isinstance(offset, int) and period > 0:
+            kind.append(index % period == offset)
+    return tuple(kind)

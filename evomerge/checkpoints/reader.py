@@ -1,0 +1,247 @@
+"""Opening a Hugging Face checkpoint: its config, its tensors, its content."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evomerge.checkpoints.completeness import check_complete, input_embedding, layer_count, output_head
+from evomerge.checkpoints.content import cached_content_hash
+from evomerge.checkpoints.header import DTYPE_NAMES, MERGEABLE, TensorInfo, read_header
+from evomerge.checkpoints.locate import ADAPTERS_UNSUPPORTED, CONFIG_FILE, INDEX_FILE, SINGLE_FILE, locate
+from evomerge.checkpoints.names import is_buffer
+from evomerge.checkpoints.open_files import OpenFiles
+from evomerge.errors import CheckpointError, at
+
+# Decoders that tie their embeddings where config.json does not say (transformers' defaults).
+_TIED_BY_DEFAULT = {
+    *("bloom", "cohere", "cohere2", "ernie4_5", "ernie4_5_moe", "falcon", "falcon_mamba", "gemma", "gemma2"),
+    *("gemma3_text", "gemma3n_text", "gpt2", "gpt_bigcode", "gpt_neo", "lfm2", "lfm2_moe", "mamba", "mpt"),
+    *("opt", "recurrent_gemma", "smollm3", "starcoder2", "vaultgemma", "xglm", "zamba", "zamba2"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A checkpoint whose structure has been checked; its weights are read when asked for.
+
+    Picklable: another process opens the files anew. Reading is thread-safe.
+
+    Attributes:
+        name: what the user calls it.
+        path: its folder, absolute.
+        config: ``config.json``.
+        tensors: by canonical name, in order of file and offset; without known buffers, and without the head
+            where it is tied to the embedding.
+        tied: whether the head shares the embedding's weight.
+        num_layers: number of layers.
+    """
+
+    name: str
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    tied: bool
+    num_layers: int
+    _files: OpenFiles = field(default_factory=OpenFiles, repr=False, compare=False)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The dtype of most weights (by number of elements)."""
+        sizes: Counter[torch.dtype] = Counter()
+        for info in self.tensors.values():
+            sizes[info.dtype] += info.numel
+        return sizes.most_common(1)[0][0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors together."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Return a tensor in its own shape and dtype, as a read-only view of the mapped file.
+
+        Writing to it kills the process. Its pages count as resident once touched; `read_into` streams.
+        """
+        info = self.tensors[name]
+        return self._files.view(info.file, info.offset, info.nbytes, info.dtype).reshape(info.shape)
+
+    def read_into(self, name: str, start: int, out: torch.Tensor) -> torch.Tensor:
+        """Fill `out` with the elements of a tensor from the flat index `start` on, and return it.
+
+        Args:
+            name: of the tensor.
+            start: flat index of the first element.
+            out: one-dimensional, contiguous, on the CPU, of the tensor's dtype.
+        """
+        info = self.tensors[name]
+        if out.dtype != info.dtype or out.dim() != 1 or not out.is_contiguous():
+            raise ValueError(
+                f"'{name}' is {info.dtype}; the buffer must be flat, contiguous and of that dtype"
+            )
+        if start < 0 or start + out.numel() > info.numel:
+            raise ValueError(f"'{name}' has {info.numel} elements, not {start} to {start + out.numel()}")
+        if out.numel():
+            buffer = out.view(torch.uint8).numpy().data
+            self._files.read_into(info.file, info.offset + start * info.dtype.itemsize, buffer)
+        return out
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the content, tensors and config: independent of sharding and folder (`content_hash`).
+
+        The first call reads every tensor once, and remembers the result in the user's cache folder.
+
+        Raises:
+            CheckpointError: a tensor has NaN or infinite values.
+        """
+        sources = {self.path / CONFIG_FILE, *(info.file for info in self.tensors.values())}
+        return cached_content_hash(self.tensors.values(), self.config, self._files, sources)
+
+    def check_finite(self) -> None:
+        """Raise CheckpointError, naming file, tensor and count, if a weight is NaN or infinite."""
+        _ = self.sha256
+
+
+def open_checkpoint(
+    source: str | Path, *, revision: str | None = None, adapter: str | None = None, name: str = ""
+) -> Checkpoint:
+    """Open a checkpoint and check its structure: headers, index, layers, embedding, head; no weights yet.
+
+    Args:
+        source: a folder or a hub id (see `locate`).
+        revision: of a hub id.
+        adapter: a LoRA adapter; refused by this version.
+        name: what the user calls it; the folder's or repository's name if empty.
+
+    Raises:
+        CheckpointError: one sentence that names the file, the tensor or key, and the fix.
+    """
+    if adapter is not None:
+        raise CheckpointError(f"{adapter}: {ADAPTERS_UNSUPPORTED}")
+    path = locate(str(source), revision)
+    name = name or Path(source).expanduser().absolute().name
+    config = _read_object(path / CONFIG_FILE)
+    _refuse_quantised(path, config)
+    num_layers = layer_count(config, path / CONFIG_FILE)
+    infos = {}
+    for info in _read_files(path):
+        if is_buffer(info.name):
+            continue
+        if info.dtype not in MERGEABLE:
+            raise CheckpointError(
+                f"{info.file}: '{info.name}' has dtype {DTYPE_NAMES[info.dtype]}, which cannot be merged; "
+                "convert the checkpoint to bfloat16, float16 or float32"
+            )
+        infos[info.name] = info
+    tied = _is_tied(path, config, infos)
+    check_complete(infos, config, tied=tied, place=path)
+    checkpoint = Checkpoint(name, path, config, infos, tied, num_layers)
+    return _without_tied_head(checkpoint) if tied else checkpoint
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{file}: is missing; the folder is not a complete Hugging Face checkpoint"
+        ) from None
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: not valid JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{file}: should hold a JSON object, holds {type(data).__name__}")
+    return data
+
+
+def _refuse_quantised(path: Path, config: dict[str, Any]) -> None:
+    settings = config.get("quantization_config")
+    if settings:
+        kind = settings.get("quant_method", "unknown") if isinstance(settings, dict) else "unknown"
+        raise CheckpointError(
+            f"{at(path / CONFIG_FILE, 'quantization_config')}the weights are quantised ({kind}) and cannot "
+            "be merged; use the checkpoint they were quantised from, or dequantise it first"
+        )
+
+
+def _read_files(path: Path) -> Iterable[TensorInfo]:
+    """Return all tensors of the single file or of the index's shards, by file and offset.
+
+    A `model.safetensors` wins over an index, as it does in transformers.
+    """
+    if (path / SINGLE_FILE).exists():
+        return read_header(path / SINGLE_FILE)
+    index = path / INDEX_FILE
+    weight_map = _read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{at(index, 'weight_map')}should map tensor names to files")
+    for tensor, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise CheckpointError(
+                f"{at(index, 'weight_map')}'{tensor}' lies in {shard!r}, which is no file name"
+            )
+    found: dict[str, TensorInfo] = {}
+    for shard in sorted(set(weight_map.values())):
+        if not (path / shard).exists():
+            tensor = next(name for name, file in weight_map.items() if file == shard)
+            raise CheckpointError(
+                f"{path / shard}: is missing; {INDEX_FILE} says that it holds '{tensor}' and others; "
+                "download it again"
+            )
+        for info in read_header(path / shard):
+            if weight_map.get(info.name) != shard:
+                said = weight_map.get(info.name)
+                where = "does not list it" if said is None else f"says it lies in {said}"
+                raise CheckpointError(
+                    f"{path / shard}: holds the tensor '{info.name}', but {INDEX_FILE} {where}"
+                )
+            found[info.name] = info
+    for tensor, shard in weight_map.items():
+        if tensor not in found:
+            raise CheckpointError(
+                f"{path / shard}: lacks the tensor '{tensor}' that {INDEX_FILE} says it holds"
+            )
+    return found.values()
+
+
+def _is_tied(path: Path, config: dict[str, Any], tensors: dict[str, TensorInfo]) -> bool:
+    said = config.get("tie_word_embeddings")
+    if said is None:
+        return config.get("model_type") in _TIED_BY_DEFAULT or output_head(tensors) is None
+    if not isinstance(said, bool):
+        raise CheckpointError(
+            f"{at(path / CONFIG_FILE, 'tie_word_embeddings')}{said!r} is neither true nor false"
+        )
+    return said
+
+
+def _without_tied_head(checkpoint: Checkpoint) -> Checkpoint:
+    """Drop a head that repeats the embedding; refuse one that differs from it."""
+    head, embedding = output_head(checkpoint.tensors), input_embedding(checkpoint.tensors)
+    if head is None or embedding is None:
+        return checkpoint
+    ours, theirs = checkpoint.tensors[head], checkpoint.tensors[embedding]
+    same = (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+    step = 1 << 24
+    for start in range(0, ours.numel if same else 0, step):
+        one, other = (
+            checkpoint.tensor(name).view(-1)[start : start + step].view(torch.uint8)
+            for name in (head, embedding)
+        )
+        same = same and torch.equal(one, other)
+    if not same:
+        raise CheckpointError(
+            f"{checkpoint.path}: config says tied but '{head}' differs from '{embedding}'; set "
+            "tie_word_embeddings: false in config.json, or remove the head"
+        )
+    del checkpoint.tensors[head]
+    return checkpoint

@@ -1,0 +1,301 @@
+"""The commands. Thin: each one reads its arguments, calls the Python face and prints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from evomerge import __version__
+from evomerge.environment import prepare
+from evomerge.errors import EvomergeError, UserError
+
+DESCRIPTION = """\
+Find the best model that can be merged from a handful of fine-tuned checkpoints.
+
+You write one YAML file: a base, its fine-tunes, what may vary, the tasks that matter, a budget. A search
+proposes merges, scores them on your tasks and ends with a recipe, an honest number on items it never saw,
+and a plain Hugging Face checkpoint.
+"""
+
+EPILOG = """\
+a first session:
+  evomerge plan    configs/quickstart.yaml        what the search will be, before it starts
+  evomerge search  configs/quickstart.yaml        run it; Ctrl-C at any time
+  evomerge resume  runs/quickstart                go on where it stopped
+  evomerge export  runs/quickstart --out merged   write the winner as a Hugging Face folder
+
+exit codes: 0 done; 2 a mistake in the config or its files; 3 workers or disk failed, the run can be
+resumed; 75 stopped by a signal, the run can be resumed.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        command = self.prog.removeprefix("evomerge").strip()
+        raise UserError(f"{command + ': ' if command else ''}{message} (see '{self.prog} --help')")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit code."""
+    prepare()
+    try:
+        options = _parser().parse_args(arguments)
+        return int(options.run_command(options) or 0)
+    except EvomergeError as error:
+        print(f"evomerge: {error}" if error.exit_code != 75 else str(error), file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("Stopped before anything was started.", file=sys.stderr)
+        return 75
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="evomerge",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"evomerge {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
+
+    def command(name: str, function: Any, summary: str, epilog: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.set_defaults(run_command=function)
+        return sub
+
+    sub = command("search", _search, "run a search described by a config", _SEARCH_HELP)
+    sub.add_argument("config", type=Path, metavar="CONFIG", help="the YAML file")
+    sub.add_argument("--run", type=Path, metavar="DIR", help="the run directory (default: runs/NAME)")
+    _add_set(sub)
+    sub.add_argument("--continue", dest="continue_", action="store_true", help="resume the run if it exists")
+    sub.add_argument(
+        "--yes", action="store_true", help="go on although answers to a task cannot be extracted"
+    )
+
+    sub = command("resume", _resume, "continue a run where it stopped", _RESUME_HELP)
+    sub.add_argument("directory", type=Path, metavar="RUN", help="the run directory")
+    sub.add_argument("--budget", action="append", default=[], metavar="KEY=VALUE", help="a new total ceiling")
+    sub.add_argument(
+        "--yes", action="store_true", help="go on although answers to a task cannot be extracted"
+    )
+
+    sub = command("status", _status, "say how a run stands", "")
+    sub.add_argument("directory", type=Path, metavar="RUN", help="the run directory")
+    sub.add_argument("--json", action="store_true", help="one JSON object on stdout")
+
+    sub = command("export", _export, "write a run's winner, or one of its candidates", _EXPORT_HELP)
+    sub.add_argument("directory", type=Path, metavar="RUN", help="the run directory")
+    sub.add_argument("--out", type=Path, required=True, metavar="PATH", help="folder or file to write")
+    sub.add_argument("--candidate", type=int, metavar="ID", help="this candidate (default: the winner)")
+    sub.add_argument("--format", choices=("hf", "recipe", "csv", "parquet"), default="hf", help="default: hf")
+    sub.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="of a weights file (default: 5GB)"
+    )
+
+    sub = command("merge", _merge, "merge models by a recipe into a Hugging Face folder", _MERGE_HELP)
+    sub.add_argument("recipe", type=Path, metavar="RECIPE", help="the recipe's YAML file")
+    sub.add_argument("out", type=Path, metavar="OUT", help="folder to write; must not exist")
+    sub.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="of a weights file (default: 5GB)"
+    )
+
+    sub = command("evaluate", _evaluate, "score a model or a recipe on a config's suite", _EVALUATE_HELP)
+    sub.add_argument("model", metavar="MODEL_OR_RECIPE", help="model folder, recipe file or run directory")
+    sub.add_argument("--config", type=Path, required=True, metavar="CONFIG", help="whose suite is used")
+    sub.add_argument(
+        "--split", choices=("search", "validation", "test"), default="validation", help="default: validation"
+    )
+    _add_set(sub)
+    sub.add_argument("--json", action="store_true", help="one JSON object on stdout")
+
+    sub = command("plan", _plan, "show what a search is going to be, before any weights are read", _PLAN_HELP)
+    sub.add_argument("config", type=Path, metavar="CONFIG", help="the YAML file")
+    _add_set(sub)
+    sub.add_argument("--json", action="store_true", help="one JSON object on stdout")
+
+    sub = command("methods", _methods, "list the merge methods and their parameters", "")
+    sub.add_argument("name", nargs="?", metavar="METHOD", help="show this one alone")
+    sub.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    return parser
+
+
+def _add_set(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="A.B=C",
+        help="override a key of the config, e.g. --set budget.candidates=100",
+    )
+
+
+_SEARCH_HELP = """\
+examples:
+  evomerge search configs/quickstart.yaml
+  evomerge search my.yaml --run runs/second --set seed=1 --set budget.candidates=600
+  evomerge search my.yaml --continue              in a job script: starts or resumes
+
+The run directory keeps everything: stop it at any time (Ctrl-C, kill, power), then 'evomerge resume'.
+"""
+_RESUME_HELP = """\
+examples:
+  evomerge resume runs/quickstart
+  evomerge resume runs/quickstart --budget candidates=600     600 in all, not 600 more
+
+A run that had ended opens the test items a second time when it is prolonged; results.json counts it.
+"""
+_EXPORT_HELP = """\
+examples:
+  evomerge export runs/quickstart --out merged                        a Hugging Face folder
+  evomerge export runs/quickstart --out recipe.yaml --format recipe   for 'evomerge merge'
+  evomerge export runs/quickstart --out candidates.csv --format csv   one row per candidate
+"""
+_MERGE_HELP = """\
+a recipe:
+  evomerge: 1
+  models: {base: ./base, maths: ./maths, code: ./code}
+  merges:
+    merged: {method: ties, base: base, inputs: [maths, code], parameters: {weight: 0.6, density: 0.5}}
+  output: {dtype: bfloat16, tokenizer: base, chat_template: base}
+
+Paths are relative to the recipe file. 'evomerge methods' lists methods and parameters.
+"""
+_EVALUATE_HELP = """\
+examples:
+  evomerge evaluate ./my-model --config my.yaml
+  evomerge evaluate runs/quickstart --config my.yaml --split test --json
+"""
+_PLAN_HELP = """\
+It tells the number of searched parameters, population and generations, items per split, the smallest
+difference that the items can resolve, the cost in item evaluations, and the memory.
+"""
+
+
+def _search(options: argparse.Namespace) -> int:
+    from evomerge.searching.progress import display_for
+    from evomerge.searching.run import search
+
+    run = search(
+        options.config,
+        run=options.run,
+        overrides=options.overrides,
+        continue_=options.continue_,
+        yes=options.yes,
+        display=display_for(),
+    )
+    return _conclude(run.path, run.results)
+
+
+def _resume(options: argparse.Namespace) -> int:
+    from evomerge.searching.progress import display_for
+    from evomerge.searching.run import resume
+
+    run = resume(options.directory, budget=_budget(options.budget), yes=options.yes, display=display_for())
+    return _conclude(run.path, run.results)
+
+
+def _conclude(path: Path, results: dict[str, Any]) -> int:
+    from evomerge.searching.results import summary
+
+    print(summary(results))
+    print(f"\nThe recipe is in {path}/recipe.yaml. Write the model with: evomerge export {path} --out MODEL")
+    return 0
+
+
+def _budget(entries: Sequence[str]) -> dict[str, Any]:
+    from evomerge.schema import parse_yaml
+
+    budget = {}
+    for entry in entries:
+        key, separator, value = entry.partition("=")
+        if not separator:
+            raise UserError(f"--budget {entry}: write it as key=value, e.g. --budget candidates=600")
+        budget[key] = parse_yaml(value, f"--budget {key}")
+    return budget
+
+
+def _status(options: argparse.Namespace) -> int:
+    from evomerge.searching.progress import sentence
+    from evomerge.searching.rundir import read_status
+
+    status = read_status(options.directory)
+    print(json.dumps(status, indent=2) if options.json else sentence(status))
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from evomerge.searching.export import export
+
+    print(
+        export(
+            options.directory,
+            options.out,
+            format_=options.format,
+            candidate=options.candidate,
+            max_shard_size=options.max_shard_size,
+        )
+    )
+    return 0
+
+
+def _merge(options: argparse.Namespace) -> int:
+    from evomerge.merging import merge
+
+    print(merge(options.recipe, options.out, max_shard_size=options.max_shard_size))
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from evomerge.scoring import evaluate
+
+    result = evaluate(options.model, options.config, split=options.split, overrides=options.overrides)
+    print(json.dumps(result.to_dict(), indent=2) if options.json else str(result))
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from evomerge.config import load_config
+    from evomerge.searching.plan import plan_search
+    from evomerge.searching.setup import set_up
+
+    config = load_config(options.config, options.overrides)
+    plan = plan_search(set_up(config, file=options.config, weights=False), config.budget)
+    print(json.dumps(plan.to_dict(), indent=2) if options.json else str(plan))
+    return 0
+
+
+def _methods(options: argparse.Namespace) -> int:
+    from evomerge.methods.describe import describe_methods, methods_table
+    from evomerge.methods.registry import get_method
+
+    if options.name is not None:
+        try:
+            get_method(options.name)
+        except ValueError as error:
+            raise UserError(f"METHOD: {error}") from None
+    if options.json:
+        table = methods_table()
+        print(json.dumps([m for m in table if options.name in (None, m["name"])], indent=2))
+    else:
+        print(describe_methods(options.name))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,446 @@
+"""The search config: one YAML file, one schema."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from evomerge.checkpoints.names import ROLES, Role
+from evomerge.errors import UserError, nearest
+from evomerge.methods.registry import get_method
+from evomerge.recipe import resolve_source
+from evomerge.schema import Frozen, dump_yaml, parse_yaml, read_yaml, validate
+
+Auto = Literal["auto"]
+Positive = Annotated[int, Field(gt=0)]
+
+
+class ModelRef(Frozen):
+    """A checkpoint: a folder or hub id, optionally at a revision or with a LoRA adapter."""
+
+    path: str
+    revision: str | None = None
+    adapter: str | None = None
+    trust_remote_code: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, data: Any) -> Any:
+        return {"path": data} if isinstance(data, str) else data
+
+
+class Models(Frozen):
+    """The common ancestor and the fine-tunes to merge, by name."""
+
+    base: ModelRef
+    experts: dict[str, ModelRef] = Field(min_length=1)
+
+    @field_validator("experts", mode="before")
+    @classmethod
+    def _names_from_paths(cls, data: Any) -> Any:
+        if not isinstance(data, list):
+            return data
+        named: dict[str, Any] = {}
+        for entry in data:
+            path = entry.get("path", "") if isinstance(entry, dict) else str(entry)
+            name = Path(path).name
+            if name in named:
+                raise ValueError(f"two experts are called '{name}'; write a mapping of names to models")
+            named[name] = entry
+        return named
+
+    @field_validator("experts")
+    @classmethod
+    def _reserved(cls, experts: dict[str, ModelRef]) -> dict[str, ModelRef]:
+        for name in experts:
+            if name in ("base", "initial", "uniform", "merge"):
+                raise ValueError(f"'{name}' is a reserved name; call the expert something else")
+        return experts
+
+
+class Groups(Frozen):
+    """Depth cut into n groups of consecutive layers, one value each."""
+
+    groups: Positive
+
+
+class Smooth(Frozen):
+    """b control values at equal depths, linear in between."""
+
+    smooth: Annotated[int, Field(ge=2)]
+
+
+Depth = Literal["global", "layers"] | Groups | Smooth
+
+
+class ParameterSpec(Frozen):
+    """How one merge parameter is set: fixed (`value`), searched in a `range`, or out of `choices`.
+
+    Attributes:
+        per: ``expert`` (each its own), ``shared``, or the name of one expert; None: by the method's scope.
+        depth: how the value may change with depth.
+        roles: ``all``, or the roles that get values of their own; ``other`` is the remainder.
+        tensors: shell-style pattern on tensor names; the specification holds for those only.
+    """
+
+    value: bool | float | str | None = None
+    range: tuple[float, float] | None = None
+    choices: tuple[bool | float | str, ...] | None = None
+    initial: bool | float | str | None = None
+    log: bool = False
+    integer: bool = False
+    per: str | None = None
+    depth: Depth = "global"
+    roles: Literal["all"] | tuple[Role, ...] = "all"
+    tensors: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_literal(cls, data: Any) -> Any:
+        return data if isinstance(data, dict | ParameterSpec) else {"value": data}
+
+    @field_validator("roles", mode="before")
+    @classmethod
+    def _known_roles(cls, roles: Any) -> Any:
+        if isinstance(roles, str) and roles != "all":
+            raise ValueError(f"'{roles}' is not accepted: write 'all' or a list of roles, e.g. [attention, mlp, other]")
+        for role in roles if isinstance(roles, list | tuple) else []:
+            if role not in ROLES:
+                raise ValueError(f"unknown role '{role}'{nearest(str(role), ROLES)}; roles: {', '.join(ROLES)}")
+        return roles
+
+    @field_validator("depth", mode="before")
+    @classmethod
+    def _known_depth(cls, depth: Any) -> Any:
+        if isinstance(depth, str) and depth not in ("global", "layers"):
+            raise ValueError(
+                f"unknown depth '{depth}': write global, layers, {{groups: n}} or {{smooth: b}} with b >= 2"
+            )
+        if isinstance(depth, dict):
+            return Groups(**depth) if "groups" in depth else Smooth(**depth)
+        return depth
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> ParameterSpec:
+        given = [k for k in ("value", "range", "choices") if getattr(self, k) is not None]
+        if len(given) != 1:
+            raise ValueError("give one of: a plain value, range: [low, high], choices: [...]")
+        if self.range is not None:
+            low, high = self.range
+            if not low < high:
+                raise ValueError(f"range [{low}, {high}] is empty: the first number must be the smaller")
+            if self.log and low <= 0:
+                raise ValueError(f"a log range must start above 0, not at {low}")
+            if isinstance(self.initial, bool | str) or (
+                self.initial is not None and not low <= self.initial <= high
+            ):
+                raise ValueError(f"initial {self.initial!r} lies outside the range [{low}, {high}]")
+        elif self.log or self.integer:
+            raise ValueError("log and integer need a range")
+        if self.choices is not None:
+            if len(self.choices) < 2:
+                raise ValueError("choices needs at least two values")
+            if self.initial is not None and self.initial not in self.choices:
+                raise ValueError(f"initial {self.initial!r} is not among the choices")
+        if self.value is not None and self.initial is not None:
+            raise ValueError("a fixed value needs no initial")
+        return self
+
+    @property
+    def searched(self) -> bool:
+        """Whether the optimiser varies it."""
+        return self.value is None
+
+
+class Space(Frozen):
+    """What may vary: the parameters of one merge method, over experts, depth and roles."""
+
+    type: Literal["coefficients"] = "coefficients"
+    method: str
+    dialect: Literal["paper", "mergekit"] = "paper"
+    parameters: dict[str, tuple[ParameterSpec, ...]] = Field(default_factory=dict)
+
+    @field_validator("parameters", mode="before")
+    @classmethod
+    def _lists(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        return {name: value if isinstance(value, list | tuple) else [value] for name, value in data.items()}
+
+    @model_validator(mode="after")
+    def _fits_method(self) -> Space:
+        method = get_method(self.method)
+        known = {parameter.name: parameter for parameter in method.parameters}
+        if self.dialect not in method.dialects:
+            raise ValueError(f"dialect: {method.name} has only {', '.join(method.dialects)}")
+        for name, specs in self.parameters.items():
+            if name not in known:
+                hint = nearest(name, known) or f" (known: {', '.join(known)})"
+                raise ValueError(f"parameters: {method.name} has no parameter '{name}'{hint}")
+            for spec in specs:
+                values = [spec.value, *(spec.range or ()), *(spec.choices or ()), spec.initial]
+                for value in values:
+                    if value is not None:
+                        known[name].check(value, f"parameters.{name}")
+                if spec.per not in (None, "shared") and known[name].scope == "shared":
+                    raise ValueError(f"parameters.{name}.per: {method.name} has one {name} for all inputs")
+        return self
+
+
+class OptimizerConfig(Frozen):
+    """The optimiser. `sigma` (cma) is the first step's standard deviation in [0, 1] of each range."""
+
+    type: Literal["cma", "tpe", "random"] = "cma"
+    sigma: Annotated[float, Field(gt=0, le=1)] = 0.2
+    population: Auto | Positive = "auto"
+
+
+class Budget(Frozen):
+    """When the search ends: whichever ceiling is reached first."""
+
+    candidates: Positive | None = None
+    item_evaluations: Positive | None = None
+    hours: Annotated[float, Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def _some(self) -> Budget:
+        if self.candidates is None and self.item_evaluations is None and self.hours is None:
+            raise ValueError("give at least one of: candidates, item_evaluations, hours")
+        return self
+
+
+class SplitFractions(Frozen):
+    """Shares of one data split, assigned by hash of each item's group."""
+
+    search: Annotated[float, Field(gt=0, lt=1)] = 0.6
+    validation: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    test: Annotated[float, Field(gt=0, lt=1)] = 0.2
+
+    @model_validator(mode="after")
+    def _sum(self) -> SplitFractions:
+        total = self.search + self.validation + self.test
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"the three shares add up to {total:g}, not to 1")
+        return self
+
+
+class Splits(Frozen):
+    """Where search, validation and test items come from.
+
+    Either three data splits of the task by name, or one (`from`) cut by hash into `fractions`.
+    """
+
+    search: str | None = None
+    validation: str | None = None
+    test: str | None = None
+    from_: str | None = Field(default=None, alias="from")
+    fractions: SplitFractions = SplitFractions()
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Splits:
+        named = [self.search, self.validation, self.test]
+        if self.from_ is None:
+            if None in named:
+                raise ValueError("name the data splits for search, validation and test, or give 'from'")
+            if len(set(named)) < 3:
+                raise ValueError("search, validation and test must be three different data splits; else give 'from'")
+        elif any(named):
+            raise ValueError("'from' takes the place of search, validation and test; give one or the other")
+        return self
+
+
+class TaskSpec(Frozen):
+    """One task of the suite, as lm-eval knows it."""
+
+    task: str
+    metric: str = "auto"
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    splits: Splits | None = None
+    group: str | None = None
+    limit: Positive | None = None
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    gen_kwargs: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, data: Any) -> Any:
+        return {"task": data} if isinstance(data, str) else data
+
+
+class Suite(Frozen):
+    """What is scored: weighted tasks.
+
+    Attributes:
+        include: folders of lm-eval task YAMLs.
+        tasks: the tasks.
+        items_per_candidate: search items that each candidate of a generation answers.
+        block_items: items per block, over all tasks.
+        chat_template: whether prompts go through the tokenizer's chat template.
+        trust_task_code: allow task YAMLs outside lm-eval's package to call Python.
+        allow_code_execution: allow tasks that execute generated code.
+    """
+
+    include: tuple[str, ...] = ()
+    tasks: tuple[TaskSpec, ...] = Field(min_length=1)
+    items_per_candidate: Auto | Positive = "auto"
+    block_items: Auto | Positive = "auto"
+    chat_template: bool = False
+    trust_task_code: bool = False
+    allow_code_execution: bool = False
+
+    @field_validator("tasks")
+    @classmethod
+    def _unique(cls, tasks: tuple[TaskSpec, ...]) -> tuple[TaskSpec, ...]:
+        names = [task.task for task in tasks]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"the task '{name}' is listed twice")
+        return tasks
+
+
+class Engine(Frozen):
+    """How candidates are run. `batch_tokens` is the token budget of one forward pass."""
+
+    type: Literal["hf"] = "hf"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    batch_tokens: Auto | Positive = "auto"
+    max_length: Positive | None = None
+
+
+class OutputConfig(Frozen):
+    """Number format of the merged model; None keeps the base's."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+
+
+class Workers(Frozen):
+    """Who does the work: Ray actors (local or of a cluster at `address`), or this process."""
+
+    type: Literal["ray", "local"] = "ray"
+    count: Auto | Positive = "auto"
+    cpus: Annotated[float, Field(gt=0)] = 1
+    gpus: Auto | Annotated[float, Field(ge=0)] = "auto"
+    address: str | None = None
+
+
+class Config(Frozen):
+    """A complete search."""
+
+    version: Literal[1] = 1
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "search"
+    models: Models
+    space: Space
+    optimizer: OptimizerConfig = OptimizerConfig()
+    budget: Budget
+    suite: Suite
+    splits: Splits = Splits(search="search", validation="validation", test="test")
+    engine: Engine = Engine()
+    output: OutputConfig = OutputConfig()
+    workers: Workers = Workers()
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        method = get_method(self.space.method)
+        try:
+            method.check_inputs("base", tuple(self.models.experts), "space.method")
+        except ValueError as error:
+            raise ValueError(f"{error}; models.experts lists {', '.join(self.models.experts)}") from None
+        for name, specs in self.space.parameters.items():
+            for spec in specs:
+                if spec.per not in (None, "expert", "shared", *self.models.experts):
+                    raise ValueError(
+                        f"space.parameters.{name}.per: '{spec.per}' is neither expert, shared nor an expert's name"
+                        f"{nearest(str(spec.per), self.models.experts)}"
+                    )
+        for parameter in method.parameters:
+            if parameter.default is None and parameter.name not in self.space.parameters:
+                raise ValueError(f"space.parameters: {method.name} needs '{parameter.name}'")
+        if not any(spec.searched for specs in self.space.parameters.values() for spec in specs):
+            raise ValueError(
+                "space.parameters: nothing is searched; give at least one parameter a range, "
+                "or use 'evomerge merge' for a fixed recipe"
+            )
+        if self.optimizer.type == "cma":
+            for name, specs in self.space.parameters.items():
+                if any(spec.choices is not None for spec in specs):
+                    raise ValueError(
+                        f"space.parameters.{name}: choices need optimizer.type tpe or random; cma searches numbers"
+                    )
+        return self
+
+    def to_yaml(self) -> str:
+        """Return the normalised config: every default written out, paths absolute."""
+        return dump_yaml(self.model_dump(mode="json", by_alias=True, exclude_none=True))
+
+    @property
+    def uses_hub(self) -> bool:
+        """Whether a model is named by hub id, so that the network may be needed."""
+        refs = [self.models.base, *self.models.experts.values()]
+        return any(not Path(ref.path).is_absolute() for ref in refs)
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+    """Read a config file.
+
+    Args:
+        path: the YAML file. Paths in it that start with ``.``, ``/`` or ``~`` are relative to it.
+        overrides: ``a.b=value`` strings (the value is YAML), applied before validation.
+
+    Raises:
+        UserError: the file, the key, the value and the fix.
+    """
+    path = Path(path)
+    return parse_config(read_yaml(path, "config"), path, overrides)
+
+
+def parse_config(data: dict[str, Any], file: Path, overrides: Sequence[str] = ()) -> Config:
+    """Validate plain data as a config that was read from `file`."""
+    for override in overrides:
+        _override(data, override)
+    if "version" not in data:
+        raise UserError(f"{file}: version: this key is required; write 'version: 1' as the first line")
+    config = validate(Config, data, file)
+    return _absolute(config, file.parent)
+
+
+def _override(data: dict[str, Any], text: str) -> None:
+    key, separator, value = text.partition("=")
+    if not separator or not key:
+        raise UserError(f"--set {text}: write it as key=value, e.g. --set budget.candidates=100")
+    *parents, last = key.split(".")
+    node: Any = data
+    for i, parent in enumerate(parents):
+        if isinstance(node, list) and parent.isdigit() and int(parent) < len(node):
+            node = node[int(parent)]
+        elif isinstance(node, dict):
+            node = node.setdefault(parent, {})
+        else:
+            raise UserError(f"--set {text}: '{'.'.join(parents[: i + 1])}' does not exist in the config")
+    if isinstance(node, list) and last.isdigit() and int(last) < len(node):
+        node[int(last)] = parse_yaml(value, f"--set {text}")
+    elif isinstance(node, dict):
+        node[last] = parse_yaml(value, f"--set {text}")
+    else:
+        raise UserError(f"--set {text}: '{'.'.join(parents)}' holds a plain value, it has no key '{last}'")
+
+
+def _absolute(config: Config, folder: Path) -> Config:
+    folder = folder.resolve()
+
+    def place(ref: ModelRef) -> ModelRef:
+        update: dict[str, Any] = {"path": resolve_source(ref.path, folder)}
+        if ref.adapter is not None:
+            update["adapter"] = resolve_source(ref.adapter, folder)
+        return ref.model_copy(update=update)
+
+    models = Models(
+        base=place(config.models.base),
+        experts={name: place(ref) for name, ref in config.models.experts.items()},
+    )
+    include = tuple(str((folder / Path(entry).expanduser()).resolve()) for entry in config.suite.include)
+    suite = config.suite.model_copy(update={"include": include})
+    return config.model_copy(update={"models": models, "suite": suite})

@@ -1,0 +1,37 @@
+"""Environment variables that have to be set before torch, ray, datasets and lm-eval are imported."""
+
+from __future__ import annotations
+
+import os
+
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_UPDATE_DOWNLOAD_COUNTS": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "DISABLE_MULTIPROC": "1",
+}
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+
+
+def prepare(*, offline: bool = True, threads: int | None = 1) -> None:
+    """Set telemetry, network and thread variables of this process and of those it starts.
+
+    Call it before the first import of torch, ray, datasets or lm-eval: most of them read their variables
+    once. Variables that the user has set win, except the telemetry switches.
+
+    Args:
+        offline: forbid hub access (no model of the config is a hub id).
+        threads: cap of the arithmetic libraries' thread pools; None leaves them alone.
+    """
+    os.environ.update(QUIET)
+    if offline:
+        for name, value in OFFLINE.items():
+            os.environ.setdefault(name, value)
+    if threads is not None:
+        for name in THREAD_VARIABLES:
+            os.environ.setdefault(name, str(threads))

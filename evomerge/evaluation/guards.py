@@ -1,0 +1,64 @@
+"""Answers that say that a model is broken, although a metric may give them a good score."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from evomerge.errors import CandidateFailed
+
+MINIMUM_ITEMS = 8
+LARGEST_CHANCE = 1e-6
+
+
+def check_finite(numbers: Iterable[float], what: str) -> None:
+    """Fail the candidate if any number is not finite: ``argmax`` of NaN is 0, and may be the right answer."""
+    if not all(map(math.isfinite, numbers)):
+        raise CandidateFailed(f"{what} is not finite")
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model answered to the items of one task in one block.
+
+    Attributes:
+        given: chosen indices (multiple choice) or generated texts.
+        references: gold indices or texts, comparable by ``==``.
+        choices: the smallest number of choices of an item; None for generated texts.
+    """
+
+    given: Sequence[Any]
+    references: Sequence[Any]
+    choices: int | None
+
+
+def all_the_same(answers: Answers) -> bool | None:
+    """Whether a task's answers do not depend on the items; None if that cannot be judged.
+
+    It is judged on `MINIMUM_ITEMS` items or more that do not all have the same reference. For multiple
+    choice, uniformly random answers must also agree with a chance below `LARGEST_CHANCE`: 11 items with
+    four choices, 21 with two.
+    """
+    count = len(answers.given)
+    if count < MINIMUM_ITEMS or all(r == answers.references[0] for r in answers.references):
+        return None
+    if answers.choices is not None and max(answers.choices, 1) ** -(count - 1) > LARGEST_CHANCE:
+        return None
+    return all(answer == answers.given[0] for answer in answers.given)
+
+
+def check_answers(tasks: dict[str, Answers]) -> None:
+    """Fail the candidate if no task of the block that can be judged has answers that depend on the item.
+
+    One task alone that a model has not learnt (it always says the same) is a low score, not a failure,
+    as long as another task shows that the model reads its input.
+    """
+    verdicts = {name: all_the_same(answers) for name, answers in tasks.items()}
+    judged = [verdict for verdict in verdicts.values() if verdict is not None]
+    if judged and all(judged):
+        name = next(name for name, verdict in verdicts.items() if verdict)
+        given = tasks[name].given
+        shown = f"choice {given[0]}" if tasks[name].choices is not None else f"{given[0]!r:.60}"
+        raise CandidateFailed(f"degenerate answers: task '{name}' has {shown} for each of {len(given)} items")

@@ -1,0 +1,65 @@
+"""What suites ask of a model, and what an engine is that answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Loglikelihood:
+    """Wanted: log p(continuation | context), and whether greedy decoding would produce it."""
+
+    context: str
+    continuation: str
+
+
+@dataclass(frozen=True)
+class Rolling:
+    """Wanted: log p(text), in windows of the model's length where the text is longer."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Wanted: the greedy continuation of `context`, cut at the first of `stops`, `max_tokens` at most."""
+
+    context: str
+    stops: tuple[str, ...]
+    max_tokens: int
+
+
+class Engine(Protocol):
+    """A model that answers requests.
+
+    Answers come in the order of the requests. Log-probabilities are natural, in float32 or better. The
+    same requests in the same order give the same bits as long as the weights do not change.
+
+    Attributes:
+        packing: name and version of the batching with its token budget, e.g. ``hf-v1:2048``.
+        fingerprint: everything besides weights and requests on which the numbers depend.
+    """
+
+    @property
+    def packing(self) -> str: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def loglikelihood(self, requests: Sequence[Loglikelihood]) -> list[tuple[float, bool]]:
+        """Return (log-probability, continuation is greedy) for each request; may be non-finite."""
+        ...
+
+    def loglikelihood_rolling(self, requests: Sequence[Rolling]) -> list[float]:
+        """Return the log-probability of each text; may be non-finite."""
+        ...
+
+    def generate(self, requests: Sequence[Generation]) -> list[str]:
+        """Return the generated texts.
+
+        Raises:
+            CandidateFailed: a logit is not finite.
+        """
+        ...

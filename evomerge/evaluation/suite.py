@@ -1,0 +1,230 @@
+"""The suite: weighted tasks, their items, and the scores that an engine's answers earn."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evomerge.config import Splits
+from evomerge.config import Suite as SuiteConfig
+from evomerge.errors import UserError, at
+from evomerge.evaluation.blocks import cut_blocks
+from evomerge.evaluation.entries import Entry, Questions, answer, answers_of, ask_of, gold_of, results_of
+from evomerge.evaluation.guards import check_answers
+from evomerge.evaluation.items import SPLITS, Block, Item, ItemScore, Split
+from evomerge.evaluation.metrics import Metric, choose_metric
+from evomerge.evaluation.preview import Preview, show
+from evomerge.evaluation.requests import Engine
+from evomerge.evaluation.splits import GROUP_HELP, TaskSplits
+from evomerge.evaluation.tasks import (
+    ChatTemplate,
+    build_instances,
+    chat_template,
+    item_id,
+    load_source,
+    request_of,
+)
+
+__all__ = ["Preview", "Suite", "SuiteTask"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SuiteTask:
+    """One task of a suite.
+
+    Attributes:
+        name: as in the config.
+        metric, filter: what its fitness is, in lm-eval's words.
+        weight: its weight in the fitness.
+        output_type: lm-eval's.
+        higher_is_better: of the raw metric.
+        counts: items per split; of splits that were not built, documents (equal but for duplicates).
+    """
+
+    name: str
+    metric: str
+    filter: str
+    weight: float
+    output_type: str
+    higher_is_better: bool
+    counts: Mapping[Split, int]
+
+
+class Suite:
+    """Items of a suite's tasks, prompts rendered: built once, it scores any number of candidates.
+
+    Attributes:
+        tasks: the tasks, in the config's order.
+    """
+
+    def __init__(self, tasks: Sequence[SuiteTask], entries: Mapping[Split, Sequence[Entry]]) -> None:
+        self.tasks = tuple(tasks)
+        self._entries = {
+            split: {entry.item.id: entry for entry in ordered} for split, ordered in entries.items()
+        }
+        self._questions: dict[Block, Questions] = {}
+
+    @classmethod
+    def build(
+        cls,
+        config: SuiteConfig,
+        splits: Splits,
+        tokenizer: Any,
+        *,
+        splits_needed: Iterable[Split] = SPLITS,
+        file: Path | str | None = None,
+    ) -> Suite:
+        """Load the tasks and render their items.
+
+        Args:
+            config: the config's suite.
+            splits: where the items of tasks without their own `splits` come from.
+            tokenizer: the base model's; its chat template is used if the suite asks for one.
+            splits_needed: the splits whose prompts are rendered. Groups of all three are always compared.
+            file: the config file, for messages.
+
+        Raises:
+            UserError: a task, metric, split or setting is wrong, or runs code that is not trusted.
+        """
+        template: ChatTemplate | None = None
+        if config.chat_template:
+            if getattr(tokenizer, "chat_template", None) is None:
+                raise UserError(
+                    f"{at(file, 'suite.chat_template')}the base model's tokenizer has no chat template; "
+                    f"set it to false"
+                )
+            template = chat_template(tokenizer)
+        needed = [split for split in SPLITS if split in set(splits_needed)]
+        tasks: list[SuiteTask] = []
+        entries: dict[Split, list[Entry]] = {split: [] for split in needed}
+        for number, spec in enumerate(config.tasks):
+            key = f"suite.tasks.{number}"
+            source = load_source(spec, config, key=key, file=file)
+            parts = TaskSplits(source, splits, file)
+            metric = choose_metric(parts.tasks["search"], spec.metric, spec.task, file, f"{key}.metric")
+            counts: dict[Split, int] = {split: len(documents) for split, documents in parts.documents.items()}
+            for split in needed:
+                rendered = _render(parts, split, metric, template)
+                entries[split] += rendered
+                counts[split] = len(rendered)
+            _check_disjoint(entries, spec.task, at(file, key))
+            kind = str(parts.tasks["search"].OUTPUT_TYPE)
+            tasks.append(
+                SuiteTask(
+                    spec.task, metric.name, metric.filter, spec.weight, kind, metric.higher_is_better, counts
+                )
+            )
+        return cls(tasks, entries)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Task name → weight."""
+        return {task.name: task.weight for task in self.tasks}
+
+    def items(self, split: Split) -> tuple[Item, ...]:
+        """Return a split's items: by task, then by id, whatever the order of the files."""
+        return tuple(entry.item for entry in self._of(split).values())
+
+    def sha256(self, split: Split) -> str:
+        """Return the hash of a split's items."""
+        ids = "\n".join(sorted(item.id for item in self.items(split)))
+        return hashlib.sha256(ids.encode()).hexdigest()
+
+    def blocks(self, split: Split, *, seed: int, block_items: int, packing: str) -> tuple[Block, ...]:
+        """Cut a split into blocks of at most `block_items`; see `cut_blocks`."""
+        items = self.items(split)
+        by_task = {task.name: [item.id for item in items if item.task == task.name] for task in self.tasks}
+        return cut_blocks(by_task, split, seed=seed, block_items=block_items, packing=packing)
+
+    def score(self, engine: Engine, block: Block, *, check_degenerate: bool = True) -> tuple[ItemScore, ...]:
+        """Score a block's items with the weights that the engine holds now.
+
+        Args:
+            engine: answers the requests.
+            block: of this suite's items.
+            check_degenerate: fail a candidate whose answers do not depend on the items (see `guards`).
+                Turn it off for baselines, whose low scores are wanted too.
+
+        Returns:
+            One score per item, in the block's order.
+
+        Raises:
+            CandidateFailed: a logit, log-probability or metric is not finite, or answers are degenerate.
+        """
+        if block not in self._questions:
+            known = self._of(block.split)
+            missing = [item for item in block.items if item not in known]
+            if missing:
+                raise UserError(
+                    f"{len(missing)} of {len(block.items)} items of {block.split} block {block.index} are not in the "
+                    f"suite: task files or data have changed since the block was cut"
+                )
+            self._questions[block] = ask_of(known[item] for item in block.items)
+        questions = self._questions[block]
+        answer(engine, questions)
+        if check_degenerate:
+            check_answers(answers_of(questions.entries))
+        scores = []
+        for entry in questions.entries:
+            raw, value = entry.metric.item(results_of(entry)[entry.metric.name], entry.item.task)
+            scores.append(ItemScore(entry.item.id, entry.item.task, raw, value))
+        return tuple(scores)
+
+    def preview(self, engine: Engine, item: Item | str) -> Preview:
+        """Ask one item, given by itself or by its id, and show prompt, answer and what was made of it.
+
+        Raises:
+            CandidateFailed: as `score`.
+        """
+        entry = self._find(item)
+        answer(engine, ask_of([entry]))
+        return show(entry)
+
+    def _of(self, split: Split) -> dict[str, Entry]:
+        if split not in self._entries:
+            raise ValueError(f"the suite was built without its {split} items (splits_needed)")
+        return self._entries[split]
+
+    def _find(self, item: Item | str) -> Entry:
+        identity = item if isinstance(item, str) else item.id
+        for entries in self._entries.values():
+            if identity in entries:
+                return entries[identity]
+        raise ValueError(f"the suite has no item {identity}")
+
+
+def _render(parts: TaskSplits, split: Split, metric: Metric, template: ChatTemplate | None) -> list[Entry]:
+    """Build a task's items of one split, sorted by id; equal ones are kept once."""
+    task, name = parts.tasks[split], parts.source.spec.task
+    entries: dict[str, Entry] = {}
+    for index, doc in parts.documents[split]:
+        instances = build_instances(task, index, doc, template)
+        requests = tuple(request_of(instance, name) for instance in instances)
+        identity = item_id(parts.source, requests, task.doc_to_target(doc), doc)
+        if identity not in entries:
+            item = Item(identity, name, split, index)
+            gold, choices = gold_of(task, doc)
+            entries[identity] = Entry(item, task, metric, instances, requests, gold, choices)
+    twice = len(parts.documents[split]) - len(entries)
+    if twice:
+        log.warning("task '%s': %d duplicates among its %s items are counted once", name, twice, split)
+    return [entries[identity] for identity in sorted(entries)]
+
+
+def _check_disjoint(entries: Mapping[Split, Sequence[Entry]], task: str, place: str) -> None:
+    owner: dict[str, Split] = {}
+    shared = 0
+    for split, ordered in entries.items():
+        for entry in ordered:
+            if entry.item.task == task:
+                shared += owner.setdefault(entry.item.id, split) != split
+    if shared:
+        raise UserError(
+            f"{place}: task '{task}': {shared} items are in two splits; take them out of one file ({GROUP_HELP})"
+        )

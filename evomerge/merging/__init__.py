@@ -1,0 +1,218 @@
+"""Merging: a recipe and its checkpoints become one plan, and the plan is streamed to a sink.
+
+`merge` writes a checkpoint folder; `Materializer`, which imports transformers, fills a live model.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evomerge.checkpoints import (
+    Checkpoint,
+    CheckpointWriter,
+    check_compatible,
+    check_tokenizers,
+    open_checkpoint,
+    parse_size,
+)
+from evomerge.errors import CandidateFailed, CheckpointError, UserError
+from evomerge.merging.execute import NonFinite, Progress, execute
+from evomerge.merging.plan import MergePlan, TensorJob, donor_of, plan_merge
+from evomerge.merging.sinks import FileSink, HashSink, LiveSink, Sink
+from evomerge.recipe import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from evomerge.merging.live import Materializer, live_model
+
+__all__ = [
+    "FileSink",
+    "HashSink",
+    "LiveSink",
+    "Materializer",
+    "MergePlan",
+    "NonFinite",
+    "Progress",
+    "Sink",
+    "TensorJob",
+    "execute",
+    "live_model",
+    "merge",
+    "open_parents",
+    "pin",
+    "plan_merge",
+    "verify_sources",
+    "write_merge",
+]
+
+RECIPE_FILE = "evomerge_recipe.yaml"
+
+_log = logging.getLogger(__name__)
+
+
+def __getattr__(name: str) -> Any:
+    # Merging to disk does without transformers, whose import takes longer than many a merge.
+    if name in ("Materializer", "live_model"):
+        from evomerge.merging import live
+
+        return getattr(live, name)
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+
+
+def merge(
+    recipe: Recipe | Path | str,
+    out: Path | str,
+    *,
+    max_shard_size: int | str = "5GB",
+    progress: Progress | None = None,
+    threads: int | None = None,
+) -> Path:
+    """Merge checkpoints as a recipe says and write the result as a Hugging Face checkpoint folder.
+
+    The folder also gets `evomerge_recipe.yaml`, the recipe with the content hash of every parent: it makes
+    the same bytes again. Memory stays bounded by a few chunks per thread.
+
+    Args:
+        recipe: a recipe, or the path of its YAML file.
+        out: a folder that does not exist yet or is empty.
+        max_shard_size: largest safetensors file, in bytes or as ``5GB``, ``500MB``, ``2GiB``.
+        progress: called with (bytes written, bytes in all).
+        threads: tensors worked on at the same time; None: one per CPU. The bytes do not depend on it.
+
+    Returns:
+        `out` as a path.
+
+    Raises:
+        UserError: the recipe does not fit its models, a model is not the one that the recipe pins, or `out`
+            is in use.
+        CheckpointError: a model cannot be used, or the merged weights are not finite.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe))
+    checkpoints = open_parents(recipe)
+    return write_merge(
+        recipe, checkpoints, out, max_shard_size=max_shard_size, progress=progress, threads=threads
+    )
+
+
+def write_merge(
+    recipe: Recipe,
+    checkpoints: Mapping[str, Checkpoint],
+    out: Path | str,
+    *,
+    max_shard_size: int | str = "5GB",
+    progress: Progress | None = None,
+    threads: int | None = None,
+) -> Path:
+    """Do what `merge` does with parents that are open already."""
+    out = Path(out)
+    shard_bytes = parse_size(max_shard_size)
+    _check_out(out, checkpoints)
+    verify_sources(recipe, checkpoints)
+    recipe = pin(recipe, checkpoints)
+    plan = plan_merge(recipe, checkpoints)
+    for warning in plan.warnings:
+        _log.warning("%s", warning)
+    template = checkpoints[plan.chat_template].path if plan.chat_template else None
+    try:
+        with CheckpointWriter(
+            out,
+            [(job.name, job.shape, job.dtype) for job in plan.jobs],
+            config=plan.config,
+            donor=checkpoints[plan.donor].path,
+            tokenizer_donor=checkpoints[plan.tokenizer].path,
+            chat_template_donor=template,
+            max_shard_size=shard_bytes,
+        ) as writer:
+            execute(
+                plan,
+                checkpoints,
+                FileSink(writer),
+                progress=progress,
+                threads=threads or _cpus(),
+                stream=True,
+            )
+            writer.commit()
+    except CandidateFailed as failure:
+        raise CheckpointError(
+            f"{out}: not written: {failure}; a parent is damaged or a parameter too large"
+        ) from None
+    (out / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
+    return out
+
+
+def open_parents(recipe: Recipe) -> dict[str, Checkpoint]:
+    """Open every model of a recipe, by name, and check that they can be merged with one another.
+
+    What is odd but not wrong (another context length, no tokenizer) goes to the log as a warning.
+
+    Raises:
+        CheckpointError: a model cannot be read, or differs from the others in tensors, shapes or tokenizer.
+    """
+    checkpoints: dict[str, Checkpoint] = {}
+    for name, source in recipe.models.items():
+        checkpoints[name] = open_checkpoint(
+            source.source, revision=source.revision, adapter=source.adapter, name=name
+        )
+    merged, speaking = _merged_together(recipe), _token_users(recipe)
+    warnings: list[str] = []
+    for first, *others in merged:
+        warnings += check_compatible(checkpoints[first], {name: checkpoints[name] for name in others})
+    for first, *others in [*merged, speaking]:
+        warnings += check_tokenizers(checkpoints[first], {name: checkpoints[name] for name in others})
+    for warning in dict.fromkeys(warnings):
+        _log.warning("%s", warning)
+    return checkpoints
+
+
+def _merged_together(recipe: Recipe) -> list[list[str]]:
+    return [list(dict.fromkeys([donor_of(recipe, name), *m.inputs])) for name, m in recipe.merges.items()]
+
+
+def _token_users(recipe: Recipe) -> list[str]:
+    """Models that must agree on tokens: those of the embedding and the head, and the tokenizer's donor."""
+    ends = [recipe.path[0], recipe.path[-1]] if recipe.path else []
+    sources = [str(hop.model or hop.merge) for hop in ends] or list(recipe.merges)
+    donors = [donor_of(recipe, source) for source in sources]
+    return list(dict.fromkeys([*donors, *([recipe.output.tokenizer] if recipe.output.tokenizer else [])]))
+
+
+def verify_sources(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> None:
+    """Refuse a parent whose content is not the one that the recipe pins."""
+    hashes = _hashes({name: checkpoints[name] for name, source in recipe.models.items() if source.sha256})
+    for name, found in hashes.items():
+        expected = recipe.models[name].sha256
+        if found != expected:
+            raise UserError(
+                f"models.{name}.sha256: the recipe expects {expected}, {checkpoints[name].path} has {found}; "
+                "name the original checkpoint, or remove the line to merge this one"
+            )
+
+
+def pin(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Recipe:
+    """Return the recipe with the content hash of every model."""
+    missing = {name: checkpoints[name] for name, source in recipe.models.items() if source.sha256 is None}
+    known = {name: source.sha256 for name, source in recipe.models.items() if source.sha256 is not None}
+    return recipe.pinned({**known, **_hashes(missing)})
+
+
+def _check_out(out: Path, checkpoints: Mapping[str, Checkpoint]) -> None:
+    place = out.resolve()
+    for name, checkpoint in checkpoints.items():
+        parent = Path(checkpoint.path).resolve()
+        if place == parent or parent in place.parents:
+            raise UserError(f"{out}: lies in the folder of the model '{name}'; name another output folder")
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise UserError(f"{out}: exists already and is not an empty folder; name a new one")
+
+
+def _hashes(checkpoints: Mapping[str, Checkpoint]) -> dict[str, str]:
+    with ThreadPoolExecutor(max(1, min(len(checkpoints), _cpus()))) as pool:
+        return dict(zip(checkpoints, pool.map(lambda c: c.sha256, checkpoints.values()), strict=True))
+
+
+def _cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,158 @@
+"""Carrying out a plan: tensor by tensor, chunk by chunk, into a sink."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import cast
+
+import torch
+
+from evomerge.checkpoints import Checkpoint
+from evomerge.errors import CandidateFailed
+from evomerge.merging.plan import MergePlan, TensorJob
+from evomerge.merging.sinks import Sink
+from evomerge.merging.streams import StreamedTensor
+from evomerge.methods import TensorCache, merge_chunks
+
+CHUNK = 1 << 18
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes written so far, bytes in all), from any thread but never from two at once."""
+
+
+class NonFinite(CandidateFailed):
+    """A merged weight is NaN or infinite, or too large for the output's number format."""
+
+
+def execute(
+    plan: MergePlan,
+    checkpoints: Mapping[str, Checkpoint],
+    sink: Sink,
+    *,
+    jobs: Sequence[TensorJob] | None = None,
+    cache: TensorCache | None = None,
+    progress: Progress | None = None,
+    chunk: int = CHUNK,
+    threads: int = 1,
+    stream: bool = False,
+) -> None:
+    """Compute the plan's tensors and write them to a sink.
+
+    Each chunk is merged and multiplied by the job's factor in float32, rounded once to the output's number
+    format, checked and written; a few chunks per thread are all that is held. The bytes do not depend on
+    `chunk`, `threads` and `stream`.
+
+    Args:
+        plan: from `plan_merge`.
+        checkpoints: the plan's models, by name.
+        sink: where the tensors go.
+        jobs: the plan's jobs to carry out; all by default.
+        cache: keeps what does not depend on the candidate, for the next plan over the same parents.
+        progress: told after each tensor.
+        chunk: elements per chunk.
+        threads: tensors worked on at the same time.
+        stream: read the parents chunk by chunk instead of mapping their files, so that resident memory stays
+            bounded whatever the size. For parents that are read once.
+
+    Raises:
+        NonFinite: the first tensor, in the plan's order, with a weight that is not a finite number.
+    """
+    todo = plan.jobs if jobs is None else jobs
+    total = sum(job.nbytes for job in todo)
+    done = 0
+    lock = threading.Lock()
+
+    def read(model: str, tensor: str) -> torch.Tensor:
+        if stream:
+            # The methods and the copy below only slice.
+            return cast(torch.Tensor, StreamedTensor(checkpoints[model], tensor))
+        return checkpoints[model].tensor(tensor).reshape(-1)
+
+    def work(job: TensorJob) -> None:
+        nonlocal done
+        for start, values in _chunks(job, read, cache, chunk):
+            _check_finite(values, job)
+            sink.write(job.name, start, values)
+        if progress is not None:
+            with lock:
+                done += job.nbytes
+                progress(done, total)
+
+    with torch.no_grad():
+        if threads <= 1:
+            for job in todo:
+                work(job)
+        else:
+            _in_threads(work, todo, threads)
+
+
+def _in_threads(work: Callable[[TensorJob], None], jobs: Iterable[TensorJob], threads: int) -> None:
+    """Run the jobs in a pool; of several failures the first in the plan's order is raised."""
+
+    def quiet(job: TensorJob) -> None:
+        with torch.no_grad():
+            work(job)
+
+    with _one_thread_per_operation(), ThreadPoolExecutor(threads) as pool:
+        futures = [pool.submit(quiet, job) for job in jobs]
+        try:
+            for future in futures:
+                future.result()
+        finally:
+            for future in futures:
+                future.cancel()
+
+
+@contextmanager
+def _one_thread_per_operation() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _chunks(
+    job: TensorJob, read: Callable[[str, str], torch.Tensor], cache: TensorCache | None, chunk: int
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield (first element, values in the output's number format); values are valid until the next one."""
+    inputs = [read(model, job.source) for model in job.inputs]
+    if job.method is None:
+        yield from _copied(inputs[0], job, chunk)
+        return
+    base = None if job.base is None else read(job.base, job.source)
+    merged = merge_chunks(
+        job.method,
+        base,
+        inputs,
+        job.values or {},
+        masks=job.masks,
+        cache=cache,
+        key=job.key,
+        chunk=chunk,
+        dialect=job.dialect,
+    )
+    for start, values in merged:
+        if job.factor != 1.0:
+            values.mul_(job.factor)
+        yield start, values.to(job.dtype)
+
+
+def _copied(flat: torch.Tensor, job: TensorJob, chunk: int) -> Iterator[tuple[int, torch.Tensor]]:
+    for start in range(0, flat.numel(), chunk):
+        values = flat[start : start + chunk]
+        if job.factor != 1.0:
+            values = values.to(torch.float32).mul(job.factor)
+        yield start, values.to(job.dtype)
+
+
+def _check_finite(values: torch.Tensor, job: TensorJob) -> None:
+    # One non-finite element makes the sum non-finite; the slower exact test is for sums that overflow.
+    if torch.isfinite(values.sum()) or torch.isfinite(values).all():
+        return
+    first = int((~torch.isfinite(values)).nonzero()[0])
+    raise NonFinite(f"{job.name}: the merged weights are not finite ({values[first].item()})")

@@ -1,0 +1,286 @@
+"""From a recipe to a plan: which tensor is computed how, in which order, and the output's config.
+
+The plan is the same for every sink, so that what is scored in memory is what an export writes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from evomerge.checkpoints import Checkpoint
+from evomerge.checkpoints.completeness import input_embedding
+from evomerge.checkpoints.header import MERGEABLE
+from evomerge.checkpoints.names import is_buffer, parse
+from evomerge.errors import CheckpointError, UserError, nearest
+from evomerge.merging.paths import check_path, fold_scales, path_config
+from evomerge.methods import MaskKey
+from evomerge.methods.registry import get_method
+from evomerge.recipe import Merge, Recipe
+
+JobValue = float | bool | str | tuple[float, ...]
+
+HEAD = "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class TensorJob:
+    """How one output tensor is made.
+
+    Attributes:
+        name: the output tensor.
+        shape: its shape, equal to that of every input.
+        dtype: its number format; the result is rounded to it once.
+        source: the tensor's name in the inputs and the base. Differs from `name` in a layer path.
+        inputs: names of the models that are read, in the merge's order.
+        method: merge method, or None to take the only input as it is.
+        base: name of the base model, or None if the method reads none.
+        dialect: the method's variant.
+        values: parameters; one number per input for those of expert scope.
+        masks: key of the random masks of methods that draw some.
+        factor: multiplied in before the rounding (folded scales of a layer path).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    source: str
+    inputs: tuple[str, ...]
+    method: str | None = None
+    base: str | None = None
+    dialect: str = "paper"
+    values: Mapping[str, JobValue] | None = None
+    masks: MaskKey | None = None
+    factor: float = 1.0
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return torch.Size(self.shape).numel()
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the output in bytes."""
+        return self.numel * self.dtype.itemsize
+
+    @property
+    def key(self) -> str:
+        """What the candidate-independent reductions of this tensor are cached under."""
+        return "\x1f".join([self.source, self.base or "", *self.inputs])
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """One output model, tensor by tensor.
+
+    Attributes:
+        config: the output's Hugging Face config.
+        jobs: one for each output tensor, in the order in which they are written.
+        dtype: number format of most weights; that of the output's config and of the live model.
+        donor: name of the model whose config and other small files go along.
+        tokenizer: name of the model whose tokenizer goes along.
+        chat_template: name of the model whose chat template goes along, or None for the tokenizer's own.
+        warnings: what the user should know, one sentence each.
+    """
+
+    config: dict[str, Any]
+    jobs: tuple[TensorJob, ...]
+    dtype: torch.dtype
+    donor: str
+    tokenizer: str
+    chat_template: str | None = None
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the output's tensors in bytes."""
+        return sum(job.nbytes for job in self.jobs)
+
+
+def plan_merge(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> MergePlan:
+    """Plan the model that a recipe describes.
+
+    Without `recipe.path` the output has the tensors of the merge's base (without one: of its first input),
+    in the order of its files. With it, layer i of the output is hop i; embeddings come from the first hop's
+    source, final norm and head from the last one's. A path whose first and last hop differ in their source
+    has an untied head: the last source's head, which is its embedding if that source is tied.
+
+    Args:
+        recipe: what to merge.
+        checkpoints: the recipe's models, by name.
+
+    Raises:
+        UserError: a hop beyond a model's layers, a missing parameter value, scales that cannot be folded.
+        CheckpointError: a model lacks a tensor, has it in another shape, or is quantised.
+    """
+    for name in recipe.models:
+        if name not in checkpoints:
+            raise UserError(f"models.{name}: no checkpoint was opened for it{nearest(name, checkpoints)}")
+    planner = _Planner(recipe, checkpoints)
+    warnings: tuple[str, ...] = ()
+    if recipe.path is None:
+        name = next(iter(recipe.merges))
+        donor = planner.donor(name)
+        jobs = [planner.job(name, tensor) for tensor in checkpoints[donor].tensors if not is_buffer(tensor)]
+        config = copy.deepcopy(checkpoints[donor].config)
+        config["tie_word_embeddings"] = checkpoints[donor].tied
+    else:
+        jobs, config, donor, warnings = _plan_path(recipe, checkpoints, planner)
+    dtype = _main_dtype(jobs)
+    config.pop("torch_dtype", None)
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    return MergePlan(
+        config=config,
+        jobs=tuple(jobs),
+        dtype=dtype,
+        donor=donor,
+        tokenizer=recipe.output.tokenizer or donor,
+        chat_template=recipe.output.chat_template,
+        warnings=warnings,
+    )
+
+
+def donor_of(recipe: Recipe, source: str) -> str:
+    """Return the model that gives a source (a model's or a merge's name) its tensor set and config."""
+    if source in recipe.models:
+        return source
+    merge = recipe.merges[source]
+    return merge.base or merge.inputs[0]
+
+
+def _plan_path(
+    recipe: Recipe, checkpoints: Mapping[str, Checkpoint], planner: _Planner
+) -> tuple[list[TensorJob], dict[str, Any], str, tuple[str, ...]]:
+    path = recipe.path or ()
+    sources = [str(hop.model or hop.merge) for hop in path]
+    donors = [checkpoints[planner.donor(source)] for source in sources]
+    check_path(path, donors)
+    factors, warnings = fold_scales(path, donors)
+    first, last = donors[0], donors[-1]
+
+    jobs = [planner.job(sources[0], name) for name in _at(first, "pre")]
+    for index, (hop, source, donor) in enumerate(zip(path, sources, donors, strict=True)):
+        for name in _at(donor, hop.layer):
+            tensor = parse(name)
+            factor = factors.layers[index].get(tensor.stem, 1.0)
+            jobs.append(planner.job(source, name, output=tensor.at_layer(index), factor=factor))
+    jobs += [
+        planner.job(sources[-1], name, factor=factors.final_norm if parse(name).role == "norm" else 1.0)
+        for name in _at(last, "post")
+    ]
+    config = path_config(path, donors)
+    tied = last.tied and sources[0] == sources[-1]
+    config["tie_word_embeddings"] = tied
+    embedding = input_embedding(last.tensors)
+    if last.tied and not tied and embedding is not None:
+        jobs.append(planner.job(sources[-1], embedding, output=HEAD))
+    return jobs, config, planner.donor(sources[0]), warnings
+
+
+def _at(checkpoint: Checkpoint, position: int | str) -> list[str]:
+    return [name for name in checkpoint.tensors if parse(name).position == position and not is_buffer(name)]
+
+
+class _Planner:
+    """Makes the job of one tensor of a source (a model's or a merge's name)."""
+
+    def __init__(self, recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> None:
+        self._recipe = recipe
+        self._checkpoints = checkpoints
+        dtype = recipe.output.dtype
+        self._dtype: torch.dtype | None = getattr(torch, dtype) if dtype else None
+        self._identity: dict[tuple[str, ...], tuple[str, ...]] = {}
+
+    def donor(self, source: str) -> str:
+        return donor_of(self._recipe, source)
+
+    def job(self, source: str, tensor: str, *, output: str = "", factor: float = 1.0) -> TensorJob:
+        info = self._checkpoints[self.donor(source)].tensors[tensor]
+        copied = TensorJob(
+            name=output or tensor,
+            shape=tuple(info.shape),
+            dtype=self._dtype or info.dtype,
+            source=tensor,
+            inputs=(source,),
+            factor=factor,
+        )
+        job = copied if source in self._recipe.models else self._merged(copied, source)
+        self._check(job)
+        return job
+
+    def _merged(self, job: TensorJob, source: str) -> TensorJob:
+        merge = self._recipe.merges[source]
+        name, resolved = merge.resolve(parse(job.source))
+        method = get_method(name)
+        return replace(
+            job,
+            inputs=merge.inputs,
+            method=name,
+            base=merge.base if method.base != "unused" else None,
+            dialect=merge.dialect,
+            values=_values(source, merge, name, resolved, job.source),
+            masks=self._masks(merge.inputs, job.source) if method.random else None,
+        )
+
+    def _masks(self, inputs: tuple[str, ...], tensor: str) -> MaskKey:
+        if inputs not in self._identity:
+            self._identity[inputs] = tuple(
+                self._recipe.models[name].sha256 or self._checkpoints[name].sha256 for name in inputs
+            )
+        return MaskKey(seed=self._recipe.seed, experts=self._identity[inputs], tensor=tensor)
+
+    def _check(self, job: TensorJob) -> None:
+        for model in (*job.inputs, *([job.base] if job.base else [])):
+            checkpoint = self._checkpoints[model]
+            info = checkpoint.tensors.get(job.source)
+            if info is None:
+                raise CheckpointError(
+                    f"{checkpoint.path}: tensor '{job.source}' is missing, the other models have it"
+                )
+            if tuple(info.shape) != job.shape:
+                raise CheckpointError(
+                    f"{checkpoint.path}: tensor '{job.source}' has shape {tuple(info.shape)}, "
+                    f"the output's is {job.shape}"
+                )
+            if info.dtype not in MERGEABLE:
+                raise CheckpointError(
+                    f"{checkpoint.path}: tensor '{job.source}' is {str(info.dtype).removeprefix('torch.')}; "
+                    "quantised checkpoints cannot be merged, give the original weights"
+                )
+
+
+def _values(
+    name: str, merge: Merge, method: str, resolved: Mapping[str, Any], tensor: str
+) -> dict[str, JobValue]:
+    """Order per-input values as the inputs are, and refuse gaps."""
+    values: dict[str, JobValue] = {}
+    for parameter in get_method(method).parameters:
+        value = resolved.get(parameter.name)
+        if value is None:
+            raise UserError(
+                f"merges.{name}: tensor '{tensor}' has no value for '{parameter.name}' of {method}"
+            )
+        if parameter.scope == "shared":
+            values[parameter.name] = value
+            continue
+        each: dict[str, Any] = dict.fromkeys(merge.inputs, parameter.default)
+        each |= value if isinstance(value, dict) else dict.fromkeys(merge.inputs, value)
+        for model, own in each.items():
+            if own is None:
+                raise UserError(
+                    f"merges.{name}: tensor '{tensor}' has no value for '{parameter.name}' of input '{model}'"
+                )
+        values[parameter.name] = tuple(each[model] for model in merge.inputs)
+    return values
+
+
+def _main_dtype(jobs: Sequence[TensorJob]) -> torch.dtype:
+    sizes: Counter[torch.dtype] = Counter()
+    for job in jobs:
+        sizes[job.dtype] += job.numel
+    return sizes.most_common(1)[0][0]

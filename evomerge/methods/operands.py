@@ -1,0 +1,136 @@
+"""One tensor of every model of a merge, read chunk by chunk into reused buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from evomerge.methods.cache import TensorCache
+from evomerge.methods.masks import MaskKey
+
+T = TypeVar("T")
+
+STRIP = 1 << 17
+"""Elements that kernels work on at a time: enough to hide the cost of a call, few enough to stay in cache."""
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class Operands:
+    """The same tensor of the base and of each input, flattened, with scratch memory.
+
+    Attributes:
+        base: ``(n,)`` or None.
+        inputs: K tensors ``(n,)``.
+        size: n.
+        dtype: of the arithmetic: float64 if any operand is, else float32.
+        masks: what random masks depend on, or None.
+
+    Raises:
+        ValueError: shapes differ, or a dtype is not a floating-point one that merges.
+    """
+
+    def __init__(
+        self,
+        base: Tensor | None,
+        inputs: Sequence[Tensor],
+        masks: MaskKey | None = None,
+        cache: TensorCache | None = None,
+        key: str = "",
+    ) -> None:
+        everything = [*inputs] if base is None else [base, *inputs]
+        for tensor in everything:
+            if tensor.shape != everything[0].shape:
+                raise ValueError(
+                    f"shapes differ: {tuple(everything[0].shape)} and {tuple(tensor.shape)}; "
+                    "a merge needs one shape"
+                )
+            if tensor.dtype not in DTYPES:
+                raise ValueError(f"cannot merge {str(tensor.dtype).removeprefix('torch.')} tensors")
+        if cache is not None and not key:
+            raise ValueError("a cache needs a key that names the tensor and its inputs")
+        self.base = None if base is None else base.detach().reshape(-1)
+        self.inputs = tuple(tensor.detach().reshape(-1) for tensor in inputs)
+        self.size = self.inputs[0].numel()
+        self.dtype = torch.float64 if any(t.dtype == torch.float64 for t in everything) else torch.float32
+        self.masks = masks
+        self._cache = cache
+        self._key = key
+        self._rows: dict[str, Tensor] = {}
+
+    def row(self, name: str, length: int) -> Tensor:
+        """Return the reused buffer of that name, ``(length,)``, with arbitrary content."""
+        row = self._rows.get(name)
+        if row is None or row.numel() < length:
+            row = self._rows[name] = torch.empty(length, dtype=self.dtype)
+        return row[:length]
+
+    def chunks(self, size: int, start: int = 0, stop: int | None = None) -> Iterator[Chunk]:
+        """Cut the elements ``start:stop`` into chunks of `size` elements; the last may be shorter."""
+        stop = self.size if stop is None else min(stop, self.size)
+        for begin in range(start, stop, size):
+            yield Chunk(self, begin, min(begin + size, stop))
+
+    def sample(self, k: int, step: int) -> Tensor:
+        """Return every `step`-th element of θ_k − θ_0, freshly allocated."""
+        assert self.base is not None, "the method is declared to need a base"
+        return self.inputs[k][::step].to(self.dtype) - self.base[::step].to(self.dtype)
+
+    @property
+    def caching(self) -> bool:
+        """Whether a further reduction would be kept."""
+        return self._cache is not None and not self._cache.full
+
+    def cached(self, what: str, build: Callable[[], T]) -> T:
+        """Return a reduction that depends on the operands alone, from the cache if there is one."""
+        return build() if self._cache is None else self._cache.get((self._key, what), build)
+
+    def known(self, what: str) -> bool:
+        """Whether a reduction is in the cache."""
+        return self._cache is not None and (self._key, what) in self._cache
+
+    def fork(self) -> Operands:
+        """Return the same operands with scratch memory of their own."""
+        other = object.__new__(Operands)
+        other.__dict__.update(self.__dict__, _rows={})
+        return other
+
+
+class Chunk:
+    """The elements ``start:stop`` of every operand, in the arithmetic's dtype.
+
+    What the methods return is only read by the caller, except for `row` and `delta`, and is valid until
+    the same method is called again.
+    """
+
+    def __init__(self, operands: Operands, start: int, stop: int) -> None:
+        self.start = start
+        self.stop = stop
+        self._operands = operands
+        self._base: Tensor | None = None
+
+    def row(self, name: str) -> Tensor:
+        """Return a scratch buffer of the chunk's length."""
+        return self._operands.row(name, self.stop - self.start)
+
+    def base(self) -> Tensor:
+        """Return the base's elements."""
+        if self._base is None:
+            assert self._operands.base is not None, "the method is declared to need a base"
+            self._base = self._read(self._operands.base, "base")
+        return self._base
+
+    def input(self, k: int) -> Tensor:
+        """Return input k's elements."""
+        return self._read(self._operands.inputs[k], "input")
+
+    def delta(self, k: int) -> Tensor:
+        """Return θ_k − θ_0 in a buffer that the caller may overwrite."""
+        return torch.sub(self.input(k), self.base(), out=self.row("input"))
+
+    def _read(self, tensor: Tensor, row: str) -> Tensor:
+        part = tensor[self.start : self.stop]
+        return part if part.dtype == self._operands.dtype else self.row(row).copy_(part)

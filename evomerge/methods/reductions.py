@@ -1,0 +1,197 @@
+"""Whole-tensor reductions whose bits depend on nothing but the operands.
+
+Sums of products run in float64 over a fixed number of lanes, elementwise until the very end; counts are
+integers. Neither depends on chunk size, thread count or the processor's vector width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from evomerge.methods.operands import Operands
+
+Gram = npt.NDArray[np.float64]
+Basis = Literal["inputs", "deltas", "steps"]
+
+LANES = 1 << 15
+_BLOCK = 1 << 18
+_SHORT = 1 << 15
+_SAMPLE = 1 << 16
+
+
+def gram(operands: Operands, basis: Basis) -> Gram:
+    """Return the inner products of K vectors, ``(K, K)`` float64.
+
+    Element i belongs to lane i mod 2¹⁵; each lane adds its products in order of i, and the lanes are then
+    added pairwise in a binary tree.
+
+    Args:
+        operands: the tensor of every model.
+        basis: ``inputs``: θ_1 … θ_K; ``deltas``: θ_k − θ_0; ``steps``: θ_1, θ_2 − θ_1, …, θ_K − θ_1
+            (small angles and distances without cancellation).
+    """
+    count = len(operands.inputs)
+    pairs = [(i, j) for i in range(count) for j in range(i, count)]
+    sums = torch.zeros(len(pairs), LANES, dtype=torch.float64)
+    rows = torch.empty(count + 2, LANES, dtype=torch.float64)
+    for start in range(0, operands.size, LANES):
+        stop = min(start + LANES, operands.size)
+        vectors = _vectors(operands, basis, start, stop, rows)
+        product = rows[count + 1, : stop - start]
+        for lane, (i, j) in zip(sums, pairs, strict=True):
+            lane[: stop - start].add_(torch.mul(vectors[i], vectors[j], out=product))
+    width = LANES
+    while width > 1:
+        width //= 2
+        sums = sums[:, :width] + sums[:, width:]
+    matrix = np.empty((count, count))
+    for value, (i, j) in zip(sums[:, 0].tolist(), pairs, strict=True):
+        matrix[i, j] = matrix[j, i] = value
+    return matrix
+
+
+def _vectors(operands: Operands, basis: Basis, start: int, stop: int, rows: Tensor) -> list[Tensor]:
+    count = len(operands.inputs)
+    vectors = [rows[k, : stop - start].copy_(x[start:stop]) for k, x in enumerate(operands.inputs)]
+    if basis == "deltas":
+        assert operands.base is not None
+        base = rows[count, : stop - start].copy_(operands.base[start:stop])
+        for vector in vectors:
+            vector.sub_(base)
+    elif basis == "steps":
+        for vector in vectors[1:]:
+            vector.sub_(vectors[0])
+    return vectors
+
+
+@dataclass(frozen=True)
+class Magnitudes:
+    """Every |θ_k − θ_0| of a tensor, as its distinct values.
+
+    Attributes:
+        values: ``(m,)`` ascending.
+        upto: ``(m,)`` number of elements that are not larger.
+    """
+
+    values: npt.NDArray[Any]
+    upto: npt.NDArray[np.int64]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the two arrays."""
+        return self.values.nbytes + self.upto.nbytes
+
+    def largest(self, rank: int) -> float:
+        """Return the `rank`-th largest magnitude."""
+        return float(self.values[np.searchsorted(self.upto, self.upto[-1] - rank, side="right")])
+
+
+def kth_magnitude(operands: Operands, k: int, rank: int) -> float:
+    """Return the `rank`-th largest |θ_k − θ_0|, exactly; rank 1 is the largest.
+
+    With a cache, the distinct magnitudes are listed once, and every further rank is a binary search: deltas
+    of 16-bit checkpoints have few (some ten thousand among millions of elements). Where there are too many
+    of them to keep, and without a cache, the one rank is selected: `select_near` if the tensor's elements
+    are spread as its sample says, else `select`.
+
+    Args:
+        operands: the tensor of every model.
+        k: index of the input.
+        rank: in 1 … n.
+    """
+    what = f"distinct magnitudes of {k}"
+    if operands.known(what) or operands.caching:
+        magnitudes = operands.cached(what, lambda: list_magnitudes(operands, k))
+        if magnitudes is not None:
+            return magnitudes.largest(rank)
+    found = select_near(operands, k, rank)
+    return select(operands, k, rank) if found is None else found
+
+
+def list_magnitudes(operands: Operands, k: int) -> Magnitudes | None:
+    """Return the distinct |θ_k − θ_0|, or None when listing them would hardly shorten them."""
+    values: npt.NDArray[Any] = np.empty(
+        0, dtype=np.float64 if operands.dtype == torch.float64 else np.float32
+    )
+    counts = np.empty(0, dtype=np.int64)
+    for chunk in operands.chunks(_BLOCK):
+        ordered = np.sort(chunk.delta(k).abs_().numpy())
+        first = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
+        if first.size > max(ordered.size // 2, _SHORT):
+            return None
+        values = np.concatenate([values, ordered[first]])
+        counts = np.concatenate([counts, np.diff(first, append=ordered.size)])
+        order = np.argsort(values, kind="stable")
+        values, counts = values[order], counts[order]
+        first = np.flatnonzero(np.concatenate([[True], values[1:] != values[:-1]]))
+        values, counts = values[first], np.add.reduceat(counts, first)
+        if values.size > max(operands.size // 8, _SHORT):
+            return None
+    return Magnitudes(values, np.cumsum(counts))
+
+
+def select_near(operands: Operands, k: int, rank: int) -> float | None:
+    """Return the `rank`-th largest |θ_k − θ_0|, exactly, or None when a sample misjudges where it lies.
+
+    A sample brackets the value within four standard errors; one pass counts what is larger than the bracket
+    and collects what lies inside.
+    """
+    n = operands.size
+    sample = operands.sample(k, max(1, n // _SAMPLE)).abs_().numpy()
+    sample.sort()
+    center, spread = sample.size * (1 - rank / n), 4 * math.sqrt(rank * (1 - rank / n) / n * sample.size) + 2
+    first, last = math.floor(center - spread), math.ceil(center + spread)
+    low = sample[first] if first >= 0 else 0.0
+    high = sample[last] if last < sample.size else math.inf
+    larger, inside, most = 0, [], max(n // 8, _SHORT)
+    for chunk in operands.chunks(_BLOCK):
+        magnitudes = chunk.delta(k).abs_().numpy()
+        larger += int(np.count_nonzero(magnitudes > high))
+        inside.append(magnitudes[(magnitudes >= low) & (magnitudes <= high)])
+        most -= inside[-1].size
+        if larger >= rank or most < 0:
+            return None
+    collected = np.concatenate(inside)
+    at = collected.size - (rank - larger)
+    return float(np.partition(collected, at)[at]) if at >= 0 else None
+
+
+def select(operands: Operands, k: int, rank: int) -> float:
+    """Return the `rank`-th largest |θ_k − θ_0|, exactly, by radix selection on the bit patterns.
+
+    Histograms of 16 bits at a time are streamed: nothing of the tensor's size is allocated.
+    """
+    bits = 64 if operands.dtype == torch.float64 else 32
+    prefix = 0
+    for shift in range(bits - 16, -1, -16):
+        digits, counts = _histogram(operands, k, prefix, shift)
+        above = np.cumsum(counts[::-1])[::-1]
+        at = int(np.flatnonzero(above >= rank)[-1])
+        rank -= int(above[at] - counts[at])
+        prefix = prefix << 16 | int(digits[at])
+    pattern = np.array(prefix, dtype=f"u{bits // 8}")
+    return float(pattern.view(f"f{bits // 8}"))
+
+
+def _histogram(operands: Operands, k: int, prefix: int, shift: int) -> npt.NDArray[np.int64]:
+    """Count bits shift … shift + 15 of |δ| among the elements whose higher bits are `prefix`.
+
+    Returns ``(2, m)``: the values that occur, ascending, and how often.
+    """
+    bits = 64 if operands.dtype == torch.float64 else 32
+    total = np.zeros(1 << 16, dtype=np.int64)
+    for chunk in operands.chunks(_BLOCK):
+        keys: npt.NDArray[Any] = chunk.delta(k).abs_().numpy().view(f"u{bits // 8}")
+        digits = keys >> keys.dtype.type(shift)
+        if shift < bits - 16:
+            digits = digits[digits >> keys.dtype.type(16) == prefix] & keys.dtype.type(0xFFFF)
+        total += np.bincount(digits.astype(np.intp), minlength=1 << 16)
+    occurring = np.flatnonzero(total)
+    return np.stack([occurring, total[occurring]])

@@ -1,0 +1,139 @@
+"""The registry of merge methods: what each one is called, takes and needs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from evomerge.errors import nearest
+
+if TYPE_CHECKING:
+    from evomerge.methods.kernels import Kernel
+
+BaseRole = Literal["origin", "input", "unused"]
+Scope = Literal["expert", "shared"]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a merge method.
+
+    Attributes:
+        name: as written in configs and recipes.
+        scope: ``expert`` has a value for each input, ``shared`` one for the merge.
+        doc: one sentence for `evomerge methods`.
+        default: value when absent; None means that a value is required.
+        low, high: bounds, inclusive; None means unbounded.
+        kind: ``float``, ``bool`` or ``choice``.
+        choices: the accepted words of a ``choice``.
+    """
+
+    name: str
+    scope: Scope
+    doc: str
+    default: float | bool | str | None = None
+    low: float | None = None
+    high: float | None = None
+    kind: Literal["float", "bool", "choice"] = "float"
+    choices: tuple[str, ...] = ()
+
+    def check(self, value: object, place: str) -> None:
+        """Raise ValueError, naming `place`, unless `value` is one that the parameter accepts."""
+        if self.kind == "bool":
+            if not isinstance(value, bool):
+                raise ValueError(f"{place}: {value!r} is neither true nor false")
+            return
+        if self.kind == "choice":
+            if value not in self.choices:
+                raise ValueError(f"{place}: {value!r} is not one of {', '.join(self.choices)}")
+            return
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"{place}: {value!r} is not a finite number")
+        if (self.low is not None and value < self.low) or (self.high is not None and value > self.high):
+            raise ValueError(f"{place}: {value!r} lies outside {self.bounds}")
+
+    @property
+    def bounds(self) -> str:
+        """The accepted interval, e.g. ``[0, 1]``, or an empty string."""
+        if self.low is None and self.high is None:
+            return ""
+        low = "(-inf" if self.low is None else f"[{self.low:g}"
+        high = "inf)" if self.high is None else f"{self.high:g}]"
+        return f"{low}, {high}"
+
+
+@dataclass(frozen=True)
+class MergeMethod:
+    """A merge method: its declaration and its kernels.
+
+    Attributes:
+        name: as written in configs and recipes.
+        summary: one sentence.
+        paper: where it comes from.
+        inputs: smallest and largest number of inputs (None: no limit).
+        base: ``origin`` (deltas are taken from it), ``input`` or ``unused``.
+        parameters: declared parameters, in order.
+        kernels: the arithmetic of each dialect (`evomerge.methods.kernels`); the first is the default.
+        random: whether it draws masks, so that the recipe's seed matters.
+    """
+
+    name: str
+    summary: str
+    paper: str
+    inputs: tuple[int, int | None]
+    base: BaseRole
+    parameters: tuple[Parameter, ...]
+    kernels: Mapping[str, Kernel]
+    random: bool = False
+
+    @property
+    def dialects(self) -> tuple[str, ...]:
+        """The variants on offer, the default first."""
+        return tuple(self.kernels)
+
+    def defaults(self) -> dict[str, float | bool | str]:
+        """Return the default of each parameter that has one."""
+        return {p.name: p.default for p in self.parameters if p.default is not None}
+
+    def check_inputs(self, base: str | None, inputs: Sequence[str], place: str) -> None:
+        """Raise ValueError, naming `place`, unless the method can merge these models."""
+        low, high = self.inputs
+        if len(inputs) < low or (high is not None and len(inputs) > high):
+            wanted = (
+                f"exactly {low}" if low == high else f"at least {low}" if high is None else f"{low} to {high}"
+            )
+            raise ValueError(f"{place}: {self.name} takes {wanted} inputs, here are {len(inputs)}")
+        if self.base == "origin" and base is None:
+            raise ValueError(f"{place}: {self.name} needs a base to take differences from")
+        if self.base == "origin" and base in inputs:
+            raise ValueError(
+                f"{place}: '{base}' is the base and an input; {self.name} needs experts as inputs"
+            )
+
+
+_METHODS: dict[str, MergeMethod] = {}
+
+
+def register(method: MergeMethod) -> MergeMethod:
+    """Add a method under its name; a name can be taken once."""
+    if method.name in _METHODS:
+        raise ValueError(f"merge method '{method.name}' is registered twice")
+    _METHODS[method.name] = method
+    return method
+
+
+def get_method(name: str) -> MergeMethod:
+    """Return a method by name; ValueError names the nearest known one."""
+    methods = all_methods()
+    if name not in methods:
+        raise ValueError(
+            f"unknown merge method '{name}'{nearest(name, methods)}; known: {', '.join(methods)}"
+        )
+    return methods[name]
+
+
+def all_methods() -> dict[str, MergeMethod]:
+    """Return every method by name, sorted by it."""
+    return dict(sorted(_METHODS.items()))

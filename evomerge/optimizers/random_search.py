@@ -1,0 +1,38 @@
+"""Random search: every candidate is drawn uniformly; the yardstick for the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from evomerge.config import OptimizerConfig
+from evomerge.optimizers.base import Told, initial_of, population_size
+from evomerge.randomness import generator
+from evomerge.spaces.genotype import Coordinate, Genotype
+
+
+class RandomSearch:
+    """Uniform draws from the space, after its initial genotype."""
+
+    def __init__(self, config: OptimizerConfig, coordinates: Sequence[Coordinate], *, seed: int) -> None:
+        self.population = population_size(config, len(coordinates))
+        self._coordinates = tuple(coordinates)
+        self._seed = seed
+
+    def ask(self, generation: int) -> list[Genotype]:
+        """Return `population` genotypes; they depend on seed and generation alone."""
+        rng = generator(self._seed, "random search", generation)
+        drawn = [
+            tuple(
+                float(rng.integers(len(c.choices))) if c.kind == "choice" else float(rng.random())
+                for c in self._coordinates
+            )
+            for _ in range(self.population)
+        ]
+        return [initial_of(self._coordinates), *drawn[1:]] if generation == 0 else drawn
+
+    def tell(self, generation: int, told: Sequence[Told]) -> None:
+        """Learn nothing."""
+
+    def mean(self) -> Genotype | None:
+        """Return None: nothing converges."""
+        return None

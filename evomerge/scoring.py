@@ -1,0 +1,137 @@
+"""Scoring one model on a suite, outside any search."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evomerge.config import Config, load_config
+from evomerge.environment import prepare
+from evomerge.errors import CandidateFailed, UserError
+from evomerge.evaluation.items import Split
+from evomerge.recipe import Merge, Output, Recipe, Source, load_recipe
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A model's scores on one split of a suite.
+
+    Attributes:
+        model: as named by the caller.
+        split: the item set.
+        score: ``{mean, ci95, n, tasks: {name: {mean, ci95, n}}}`` in the metrics' own units.
+        metrics: metric of each task.
+        fingerprint: of the engine.
+    """
+
+    model: str
+    split: str
+    score: dict[str, Any]
+    metrics: dict[str, str]
+    fingerprint: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data."""
+        return {
+            "model": self.model,
+            "split": self.split,
+            "score": self.score,
+            "metrics": self.metrics,
+            "engine": self.fingerprint,
+        }
+
+    def __str__(self) -> str:
+        rows = [("suite", "", self.score), *((t, self.metrics[t], e) for t, e in self.score["tasks"].items())]
+        width = max(len(name) for name, _, _ in rows)
+        lines = [f"{self.model}, {self.split} items"]
+        for name, metric, entry in rows:
+            low, high = entry["ci95"]
+            lines.append(
+                f"  {name:<{width}}  {entry['mean']:.3f}  [{low:.3f}, {high:.3f}]  n={entry['n']}  {metric}".rstrip()
+            )
+        return "\n".join(lines)
+
+
+def evaluate(
+    model: Path | str | Recipe,
+    suite: Config | Path | str,
+    *,
+    split: Split = "validation",
+    overrides: Sequence[str] = (),
+) -> Evaluation:
+    """Score a model folder, a recipe file, a run's recipe or a `Recipe` on a config's suite.
+
+    Args:
+        model: what to score; a folder is scored with its own tokenizer.
+        suite: the config (file) whose suite, splits and engine are used.
+        split: ``search``, ``validation`` or ``test``.
+        overrides: ``a.b=value`` strings for the config.
+
+    Raises:
+        UserError: the model or the config; also if the model's answers cannot be scored.
+    """
+    config = suite if isinstance(suite, Config) else load_config(suite, overrides)
+    prepare(offline=not config.uses_hub)
+    from evomerge.checkpoints import load_tokenizer
+    from evomerge.evaluation.engine import HFEngine
+    from evomerge.evaluation.statistics import score
+    from evomerge.evaluation.suite import Suite
+    from evomerge.merging import Materializer, open_parents, pin
+    from evomerge.searching.ranking import values_of
+    from evomerge.searching.results import score_dict
+    from evomerge.searching.setup import decide_engine
+
+    recipe = model if isinstance(model, Recipe) else recipe_of(str(model))
+    checkpoints = open_parents(recipe)
+    recipe = pin(recipe, checkpoints)
+    donor = checkpoints[recipe.output.tokenizer or next(iter(checkpoints))]
+    config = decide_engine(config, donor)
+    tokenizer = load_tokenizer(donor.path)
+    built = Suite.build(
+        config.suite,
+        config.splits,
+        tokenizer,
+        splits_needed=(split,),
+        file=None if isinstance(suite, Config) else str(suite),
+    )
+    try:
+        engine = HFEngine(
+            Materializer(checkpoints, device=config.engine.device).materialize(recipe),
+            tokenizer,
+            batch_tokens=int(config.engine.batch_tokens),
+            max_length=int(config.engine.max_length or 0),
+            device=config.engine.device,
+        )
+        blocks = built.blocks(split, seed=config.seed, block_items=10**9, packing=engine.packing)
+        table: dict[str, dict[str, Any]] = {}
+        for block in blocks:
+            for item in built.score(engine, block):
+                table.setdefault(item.task, {})[item.item] = item
+    except CandidateFailed as reason:
+        raise UserError(f"{model}: cannot be scored: {reason}") from None
+    raw = all(task.higher_is_better for task in built.tasks)
+    result = score(values_of(table, raw=raw), built.weights, seed=config.seed)
+    return Evaluation(
+        model=str(model) if not isinstance(model, Recipe) else recipe.hash,
+        split=split,
+        score=score_dict(result),
+        metrics={task.name: task.metric for task in built.tasks},
+        fingerprint=engine.fingerprint,
+    )
+
+
+def recipe_of(text: str) -> Recipe:
+    """Return the recipe of a recipe file, of a run directory, or of a single model."""
+    path = Path(text).expanduser()
+    if path.is_file():
+        return load_recipe(path)
+    if (path / "run.db").exists():
+        return load_recipe(path / "recipe.yaml")
+    source = str(path.resolve()) if path.exists() else text
+    return Recipe(
+        models={"model": Source(source=source)},
+        merges={"merged": Merge(method="linear", inputs=("model",), parameters={"weight": 1.0})},
+        output=Output(tokenizer="model", chat_template="model"),
+    )

@@ -1,0 +1,56 @@
+"""What a budget pays for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from evomerge.config import Budget
+from evomerge.errors import UserError
+
+
+def affordable(budget: Budget, *, population: int, items_per_candidate: int) -> int | None:
+    """Return how many whole generations the count ceilings pay for; None if only time is limited.
+
+    Raises:
+        UserError: not even one.
+    """
+    limits = []
+    if budget.candidates is not None:
+        if budget.candidates < population:
+            raise UserError(
+                f"budget.candidates: {budget.candidates} is less than one generation of {population}; give at "
+                f"least {population}, or set optimizer.population"
+            )
+        limits.append(budget.candidates // population)
+    if budget.item_evaluations is not None:
+        price = population * items_per_candidate
+        if budget.item_evaluations < price:
+            raise UserError(
+                f"budget.item_evaluations: {budget.item_evaluations} is less than one generation of {population} "
+                f"candidates on {items_per_candidate} items; give at least {price}"
+            )
+        limits.append(budget.item_evaluations // price)
+    return min(limits) if limits else None
+
+
+class Allowance:
+    """Tells whether one more generation is covered.
+
+    Args:
+        generations: the count ceiling, or None.
+        hours: the time ceiling, or None. The first generation is always covered.
+        spent_seconds: tells the run's time so far, earlier drivers included.
+    """
+
+    def __init__(
+        self, generations: int | None, hours: float | None, spent_seconds: Callable[[], float]
+    ) -> None:
+        self._generations = generations
+        self._hours = hours
+        self._spent_seconds = spent_seconds
+
+    def covers(self, generation: int) -> bool:
+        """Whether generation number `generation`, from 0, may start."""
+        if self._generations is not None and generation >= self._generations:
+            return False
+        return self._hours is None or generation == 0 or self._spent_seconds() < self._hours * 3600

@@ -1,0 +1,43 @@
+"""Which blocks a generation's candidates are compared on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from evomerge.evaluation.items import Block
+from evomerge.randomness import generator
+
+
+def draw_blocks(blocks: Sequence[Block], count: int, *, generation: int, seed: int) -> list[Block]:
+    """Return the blocks of one generation: the same for all its candidates, fresh from one to the next.
+
+    The search items are gone through in epochs. Each epoch shuffles all blocks and deals `count` to each of
+    ⌊len(blocks) / count⌋ generations, so none comes twice in an epoch.
+
+    Args:
+        blocks: all blocks of the search split.
+        count: how many a generation gets, 1 … len(blocks).
+        generation: its number, from 0.
+        seed: the run's.
+    """
+    if not 1 <= count <= len(blocks):
+        raise ValueError(f"cannot draw {count} of {len(blocks)} blocks")
+    per_epoch = len(blocks) // count
+    epoch, turn = divmod(generation, per_epoch)
+    order = generator(seed, "blocks", epoch).permutation(len(blocks))
+    return [blocks[i] for i in sorted(order[turn * count : (turn + 1) * count])]
+
+
+def block_sizes(
+    *, search_items: int, tasks: int, block_items: int | str, items_per_candidate: int | str
+) -> tuple[int, int]:
+    """Return (items per block, blocks per generation), with ``auto`` decided.
+
+    Auto: blocks of 32 items, but at least 4 of each task; 96 items a candidate, but at least 12 of each
+    task. Both are cut to what there is.
+    """
+    per_block = max(32, 4 * tasks) if block_items == "auto" else int(block_items)
+    per_block = min(per_block, search_items)
+    wanted = max(96, 12 * tasks) if items_per_candidate == "auto" else int(items_per_candidate)
+    blocks = max(1, search_items // per_block)
+    return per_block, max(1, min(blocks, round(wanted / per_block)))

@@ -1,0 +1,180 @@
+"""The driver: generations until the budget is spent, then selection. Starting and resuming are one path."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from evomerge.config import Budget
+from evomerge.errors import EvomergeError, UserError
+from evomerge.optimizers import make_optimizer
+from evomerge.searching import selection
+from evomerge.searching.agreement import record_fingerprint, record_setup
+from evomerge.searching.budget import Allowance, affordable
+from evomerge.searching.generations import Generations
+from evomerge.searching.preview import write_preview
+from evomerge.searching.progress import Display, State
+from evomerge.searching.reporter import Reporter
+from evomerge.searching.results import write_results
+from evomerge.searching.rundir import LOG, RECIPE, write_atomically
+from evomerge.searching.scheduler import Scheduler
+from evomerge.searching.store import Store
+from evomerge.workers.executor import Executor
+
+if TYPE_CHECKING:
+    from evomerge.searching.setup import Setup
+
+
+class Driver:
+    """Drives one run from wherever its database says it is.
+
+    Args:
+        folder: the run directory.
+        store: its open database.
+        setup: what the config amounts to; must agree with what the database recorded.
+        executor: not started yet.
+        budget: the ceilings that hold now (a resumed run may raise them).
+        display: shows progress.
+        yes: go on although a task's answers cannot be extracted in the preview.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        store: Store,
+        setup: Setup,
+        executor: Executor,
+        *,
+        budget: Budget,
+        display: Display,
+        yes: bool = False,
+    ) -> None:
+        self._folder = folder
+        self._store = store
+        self._setup = setup
+        self._executor = executor
+        self._yes = yes
+        self._optimizer = make_optimizer(
+            setup.config.optimizer, setup.space.coordinates, seed=setup.config.seed
+        )
+        self._generations = affordable(
+            budget, population=self._optimizer.population, items_per_candidate=setup.items_per_candidate
+        )
+        self._hours = budget.hours
+        total = None if self._generations is None else self._generations * self._optimizer.population
+        self._reporter = Reporter(folder, display, total=total, workers=lambda: executor.workers)
+
+    def run(self) -> None:
+        """Run to the end: generations, selection, results.
+
+        Raises:
+            UserError: the run's files no longer are what they were; the preview found a useless task.
+            InfrastructureError: workers or disk failed for good; the run can be resumed.
+            KeyboardInterrupt: as raised by the signal handler; the run can be resumed.
+        """
+        started = time.monotonic()
+        earlier = float(self._store.meta("wall_seconds", 0.0))
+
+        def spent() -> float:
+            return earlier + time.monotonic() - started
+
+        state: State = "failed"
+        try:
+            record_setup(self._store, self._setup, self._folder)
+            self._reporter.show(state="starting")
+            fingerprint = self._executor.start(self._setup.baselines["base"])
+            record_fingerprint(self._store, fingerprint, self._folder)
+            scheduler = Scheduler(self._store, self._executor, fingerprint, self._reporter.on_event)
+            self._preview()
+            counts = self._store.counts()
+            self._reporter.start_clock(
+                candidates=counts["candidates"], item_evaluations=counts["item_evaluations"]
+            )
+            generations = Generations(
+                self._folder, self._store, self._setup, self._optimizer, scheduler, self._reporter
+            )
+            generations.run(Allowance(self._generations, self._hours, spent))
+            self._select(generations, scheduler)
+            self._store.set_meta(wall_seconds=spent())
+            self._finish(scheduler)
+            state = "done"
+        except KeyboardInterrupt:
+            state = "stopped"
+            raise
+        finally:
+            self._leave(state, spent())
+
+    def _preview(self) -> None:
+        if self._store.meta("previewed"):
+            return
+        self._reporter.show(phase="preview")
+        useless = write_preview(self._folder, self._setup, self._executor, self._reporter)
+        if useless and not self._yes:
+            raise UserError(
+                f"nothing can be extracted from the answers to {', '.join(useless)} (see "
+                f"{self._folder / 'preview.md'}); mend the task, or go on with "
+                f"'evomerge resume {self._folder} --yes'"
+            )
+        self._store.set_meta(previewed=True)
+
+    def _select(self, generations: Generations, scheduler: Scheduler) -> None:
+        """Validate the short list, name the winner, and open the test items for it and the baselines.
+
+        A round is one selection; a run that is prolonged after its end gets another round.
+        """
+        blocks = self._setup.blocks
+        told = len(self._store.candidates())
+        round_ = int(self._store.meta("round", 0))
+        if told > int(self._store.meta("finished_candidates", told)):
+            round_ += 1
+            self._store.set_meta(round=round_, finished_candidates=told)
+        self._reporter.show(state="selecting", phase="validation")
+        if not self._store.short_list(round_):
+            entries = selection.short_list(
+                baselines=self._setup.baselines,
+                means=generations.means,
+                decode=self._setup.space.decode,
+                shrunk=generations.shrunk(),
+                recipe_of=generations.recipe_of,
+            )
+            self._store.add_short_list(round_, entries)
+        short = [(name, self._store.recipe(digest)) for name, digest, _ in self._store.short_list(round_)]
+        scheduler.complete([recipe for _, recipe in short], blocks["validation"])
+        if self._store.winner(round_) is None:
+            name, recipe = selection.choose(
+                short,
+                lambda recipe: scheduler.table(recipe, blocks["validation"]),
+                self._setup.suite.weights,
+            )
+            self._store.set_winner(round_, recipe.hash, name)
+        digest, _ = self._store.winner(round_) or ("", "")
+        winner = self._store.recipe(digest)
+        self._reporter.show(phase="winner on all search items")
+        scheduler.complete([winner], blocks["search"])
+        openings = self._store.open_test(round_, "final comparison")
+        if openings > 1:
+            self._reporter.say(f"The test items have now been opened {openings} times; results.json says so.")
+        self._reporter.show(phase="test")
+        scheduler.complete([winner, *self._setup.baselines.values()], blocks["test"])
+        self._store.set_meta(finished_candidates=told)
+
+    def _finish(self, scheduler: Scheduler) -> None:
+        write_results(self._folder, self._store, self._setup, scheduler)
+        digest, name = self._store.winner() or ("", "")
+        header = f"# status: winner ({name})\n"
+        write_atomically(self._folder / RECIPE, header + self._store.recipe(digest).to_yaml())
+
+    def _leave(self, state: State, spent: float) -> None:
+        """Write what can be written of how the run stands, without hiding the error that ended it."""
+        try:
+            if state != "done":
+                self._store.set_meta(wall_seconds=spent)
+            self._store.event(state)
+            lines = [json.dumps(event) for event in self._store.events()]
+            write_atomically(self._folder / LOG, "\n".join(lines) + "\n")
+            self._reporter.show(state=state, phase=state)
+        except EvomergeError:
+            if state == "done":
+                raise

@@ -1,0 +1,161 @@
+"""The generations of a search: ask, score on common blocks, rank, tell. Recorded ones are replayed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from evomerge.evaluation.items import Block
+from evomerge.optimizers import Optimizer, Told
+from evomerge.recipe import Recipe
+from evomerge.searching.agreement import check_replay, not_reproduced
+from evomerge.searching.budget import Allowance
+from evomerge.searching.draws import draw_blocks
+from evomerge.searching.ranking import ScoreTable, fitness_of, rank, shrunk
+from evomerge.searching.reporter import Reporter
+from evomerge.searching.rundir import RECIPE, write_atomically
+from evomerge.searching.scheduler import Scheduler
+from evomerge.searching.store import CandidateRow, Store
+from evomerge.spaces.genotype import Genotype
+
+if TYPE_CHECKING:
+    from evomerge.searching.setup import Setup
+
+
+class Generations:
+    """Runs generations until the allowance is spent, and remembers what selection needs.
+
+    Attributes:
+        means: the optimiser's mean after each generation, if it has one.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        store: Store,
+        setup: Setup,
+        optimizer: Optimizer,
+        scheduler: Scheduler,
+        reporter: Reporter,
+    ) -> None:
+        self._folder = folder
+        self._store = store
+        self._setup = setup
+        self._optimizer = optimizer
+        self._scheduler = scheduler
+        self._reporter = reporter
+        self._values: dict[int, list[tuple[str, float]]] = {}
+        search = setup.suite.items("search")
+        counts = Counter(item.task for item in search)
+        self._item_weights = {item.id: setup.suite.weights[item.task] / counts[item.task] for item in search}
+        self.means: list[Genotype] = []
+
+    def run(self, allowance: Allowance) -> None:
+        """Replay what is recorded, then go on for as long as the allowance lasts.
+
+        Raises:
+            UserError: the replay does not reproduce what is recorded.
+        """
+        generation = 0
+        while True:
+            recorded = self._store.generation_blocks(generation) is not None
+            if not recorded and not allowance.covers(generation):
+                return
+            asked = self._optimizer.ask(generation)
+            if not recorded:
+                self._add(generation, asked)
+            check_replay(self._store, generation, asked, self._folder)
+            self._complete(generation)
+            generation += 1
+
+    def shrunk(self) -> Mapping[int, float]:
+        """Return candidate id → shrunk mean score of everything scored so far."""
+        return shrunk(self._values, self._item_weights)
+
+    def recipe_of(self, candidate: int) -> Recipe:
+        """Return a candidate's recipe."""
+        generation, position = divmod(candidate, self._optimizer.population)
+        return self._store.recipe(self._store.candidates(generation)[position].recipe)
+
+    def _add(self, generation: int, asked: Sequence[Genotype]) -> None:
+        blocks = draw_blocks(
+            self._setup.blocks["search"],
+            self._setup.blocks_per_generation,
+            generation=generation,
+            seed=self._setup.config.seed,
+        )
+        candidates = [(tuple(genotype), self._setup.space.decode(genotype)) for genotype in asked]
+        self._store.add_generation(generation, blocks, candidates)
+
+    def _complete(self, generation: int) -> None:
+        rows = self._store.candidates(generation)
+        recipes = [self._store.recipe(row.recipe) for row in rows]
+        blocks = self._blocks_of(generation)
+        replayed = self._store.is_told(generation)
+        if not replayed:
+            self._reporter.show(state="running", phase=f"generation {generation + 1}", generation=generation)
+            self._scheduler.complete(recipes, blocks)
+        tables = [self._scheduler.table(recipe, blocks) for recipe in recipes]
+        told = self._ranked(rows, tables)
+        if replayed and told != rows:
+            raise not_reproduced(generation, self._folder)
+        if not replayed:
+            self._record(generation, told)
+        self._optimizer.tell(
+            generation, [Told(row.genotype, rank=row.rank or 0.0, fitness=row.fitness) for row in told]
+        )
+        mean = self._optimizer.mean()
+        if mean is not None:
+            self.means.append(mean)
+        for row, table in zip(told, tables, strict=True):
+            if not isinstance(table, str):
+                self._values[row.id] = [(s.item, s.value) for task in table.values() for s in task.values()]
+        self._report(generation, told, replayed=replayed)
+
+    def _ranked(self, rows: Sequence[CandidateRow], tables: Sequence[ScoreTable | str]) -> list[CandidateRow]:
+        weights = self._setup.suite.weights
+        fitness = [None if isinstance(table, str) else fitness_of(table, weights) for table in tables]
+        return [
+            CandidateRow(
+                id=row.id,
+                generation=row.generation,
+                position=row.position,
+                genotype=row.genotype,
+                recipe=row.recipe,
+                status="failed" if isinstance(table, str) else "scored",
+                fitness=value,
+                rank=place,
+                reason=table if isinstance(table, str) else None,
+            )
+            for row, table, value, place in zip(rows, tables, fitness, rank(fitness), strict=True)
+        ]
+
+    def _record(self, generation: int, told: Sequence[CandidateRow]) -> None:
+        with self._store.transaction():
+            self._store.tell(generation, told)
+            for row in told:
+                if row.reason is not None:
+                    self._store.event("candidate_failed", candidate=row.id, reason=row.reason)
+            best = max((row.fitness for row in told if row.fitness is not None), default=None)
+            self._store.event("generation", generation=generation, best=best)
+
+    def _report(self, generation: int, told: Sequence[CandidateRow], *, replayed: bool) -> None:
+        scored = sorted(row.fitness for row in told if row.fitness is not None)
+        estimates = self.shrunk()
+        incumbent = max(estimates, key=lambda i: (estimates[i], -i)) if estimates else None
+        self._reporter.show(
+            candidates=(generation + 1) * self._optimizer.population,
+            failed=self._store.counts()["failed"],
+            median=scored[len(scored) // 2] if scored else None,
+            best=scored[-1] if scored else None,
+            incumbent=None if incumbent is None else estimates[incumbent],
+        )
+        if incumbent is not None and not replayed:
+            header = f"# status: incumbent (candidate {incumbent} after {generation + 1} generations)\n"
+            write_atomically(self._folder / RECIPE, header + self.recipe_of(incumbent).to_yaml())
+
+    def _blocks_of(self, generation: int) -> list[Block]:
+        known = {block.hash: block for block in self._setup.blocks["search"]}
+        return [known[digest] for digest in self._store.generation_blocks(generation) or []]

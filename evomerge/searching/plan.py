@@ -1,0 +1,152 @@
+"""What a search is going to be, before any weights are read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from evomerge.evaluation.items import SPLITS
+from evomerge.evaluation.statistics import minimum_detectable_effect
+from evomerge.optimizers import make_optimizer
+from evomerge.searching.budget import affordable
+
+if TYPE_CHECKING:
+    from evomerge.config import Budget
+    from evomerge.searching.setup import Setup
+
+CANDIDATES_PER_DIMENSION = 15
+"""Fewer candidates than this per searched number rarely beat the start."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The size of a search.
+
+    Attributes:
+        dimension: searched numbers.
+        coordinates: their names.
+        population: candidates of a generation.
+        generations: how many the budget pays for; None if only time limits it.
+        candidates: the same in candidates.
+        items: items of each split, by task and in all.
+        items_per_candidate: search items that each candidate answers.
+        item_evaluations: what search, selection and the final comparison cost together.
+        minimum_detectable_effect: smallest difference on test that a paired comparison resolves, by split;
+            two-sided 5 %, power 80 %, 20 % of the items answered differently.
+        parent_bytes: tensors of base and experts on disk.
+        worker_bytes: live model of each worker.
+        warnings: sentences.
+    """
+
+    name: str
+    dimension: int
+    coordinates: tuple[str, ...]
+    population: int
+    generations: int | None
+    candidates: int | None
+    items: Mapping[str, Mapping[str, int]]
+    items_per_candidate: int
+    item_evaluations: int | None
+    minimum_detectable_effect: Mapping[str, float]
+    parent_bytes: int
+    worker_bytes: int
+    warnings: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        shown = ", ".join(self.coordinates[:8]) + (", …" if len(self.coordinates) > 8 else "")
+        counted = "" if self.generations is None else f" x {self.generations} generations = {self.candidates}"
+        cost = "" if self.item_evaluations is None else f", {self.item_evaluations:,} item evaluations in all"
+        lines = [
+            f"{self.name}: {self.dimension} searched numbers ({shown})",
+            f"  candidates  {self.population} a generation{counted}, {self.items_per_candidate} items each{cost}",
+        ]
+        for split, counts in self.items.items():
+            effect = self.minimum_detectable_effect[split]
+            lines.append(
+                f"  {split:<11} {counts['all']} items of {len(counts) - 1} tasks; "
+                f"resolves differences of {effect:.3f} or more"
+            )
+        lines.append(
+            f"  memory      parents {_size(self.parent_bytes)} on disk, "
+            f"live model {_size(self.worker_bytes)} a worker"
+        )
+        return "\n".join([*lines, *(f"  warning: {warning}" for warning in self.warnings)])
+
+
+def plan_search(setup: Setup, budget: Budget) -> Plan:
+    """Work out the size of a search."""
+    optimizer = make_optimizer(setup.config.optimizer, setup.space.coordinates, seed=setup.config.seed)
+    population = optimizer.population
+    generations = affordable(budget, population=population, items_per_candidate=setup.items_per_candidate)
+    weights = setup.suite.weights
+    items: dict[str, dict[str, int]] = {}
+    for split in SPLITS:
+        counts = dict.fromkeys(weights, 0)
+        for item in setup.suite.items(split):
+            counts[item.task] += 1
+        items[split] = {**counts, "all": sum(counts.values())}
+    candidates = None if generations is None else generations * population
+    per_candidate = setup.items_per_candidate
+    final = (
+        items["search"]["all"]
+        + items["validation"]["all"] * (len(setup.baselines) + 5)
+        + items["test"]["all"] * (len(setup.baselines) + 1)
+    )
+    parent_bytes, worker_bytes = _bytes(setup)
+    return Plan(
+        name=setup.config.name,
+        dimension=setup.space.dimension,
+        coordinates=tuple(c.name for c in setup.space.coordinates),
+        population=population,
+        generations=generations,
+        candidates=candidates,
+        items=items,
+        items_per_candidate=per_candidate,
+        item_evaluations=None if candidates is None else candidates * per_candidate + final,
+        minimum_detectable_effect={
+            split: minimum_detectable_effect({t: n for t, n in counts.items() if t != "all"}, weights)
+            for split, counts in items.items()
+        },
+        parent_bytes=parent_bytes,
+        worker_bytes=worker_bytes,
+        warnings=(*setup.warnings, *_warnings(setup, candidates)),
+    )
+
+
+def _warnings(setup: Setup, candidates: int | None) -> list[str]:
+    dimension = setup.space.dimension
+    wanted = CANDIDATES_PER_DIMENSION * dimension
+    if candidates is None or candidates >= wanted:
+        return []
+    return [
+        f"{candidates} candidates for {dimension} searched numbers: give at least {wanted}, or search fewer "
+        "(depth: global, or per: shared)"
+    ]
+
+
+def _bytes(setup: Setup) -> tuple[int, int]:
+    from evomerge.searching.setup import open_models
+
+    models, _ = open_models(setup.config)
+    parents = sum(info.nbytes for model in models.values() for info in model.tensors.values())
+    widths = {"float32": 4, "bfloat16": 2, "float16": 2}
+    base = next(iter(models.values()))
+    dtype = setup.config.output.dtype
+    live = sum(
+        math.prod(info.shape) * widths[dtype] if dtype else info.nbytes for info in base.tensors.values()
+    )
+    return parents, live
+
+
+def _size(number: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} TB"

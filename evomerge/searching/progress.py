@@ -1,0 +1,275 @@
+"""What a person sees while a search runs: a live display on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Protocol, TextIO
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from evomerge.searching.rundir import STATUS, write_json
+
+State = Literal["starting", "running", "selecting", "stopped", "failed", "done"]
+
+LINE_SECONDS = 10.0
+STATUS_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Status:
+    """A snapshot of a run.
+
+    Attributes:
+        state: where the run is.
+        phase: the same in words.
+        candidates, total: told and planned (None: no count ceiling).
+        generation: the one at work, from 0.
+        failed: candidates that could not be scored.
+        median, best: fitness in the last complete generation.
+        incumbent: shrunk fitness of the best candidate so far.
+        item_evaluations: items scored in all.
+        rate: items per second since the driver started.
+        eta_seconds: until the budget is spent, at the present rate.
+        workers: how many there are.
+        done_in_phase: share of the present generation or of selection, in [0, 1].
+    """
+
+    state: State
+    phase: str
+    candidates: int = 0
+    total: int | None = None
+    generation: int = 0
+    failed: int = 0
+    median: float | None = None
+    best: float | None = None
+    incumbent: float | None = None
+    item_evaluations: int = 0
+    rate: float = 0.0
+    eta_seconds: float | None = None
+    workers: int = 0
+    done_in_phase: float = 0.0
+
+
+class Display(Protocol):
+    """Something that shows statuses and sentences."""
+
+    def show(self, status: Status) -> None:
+        """Show the newest status."""
+
+    def say(self, text: str) -> None:
+        """Show a sentence that stays."""
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+
+
+class LiveDisplay:
+    """A panel at the bottom of the terminal that redraws itself."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._live = Live(console=console, refresh_per_second=4, transient=False)
+        self._started = False
+
+    def show(self, status: Status) -> None:
+        """See `Display.show`."""
+        if not self._started:
+            self._live.start()
+            self._started = True
+        self._live.update(_panel(status))
+
+    def say(self, text: str) -> None:
+        """See `Display.say`."""
+        self._console.print(text, highlight=False, markup=False)
+
+    def close(self) -> None:
+        """See `Display.close`."""
+        if self._started:
+            self._live.stop()
+            self._started = False
+
+
+class LineDisplay:
+    """One line per generation, and one at least every `LINE_SECONDS`."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._shown = 0.0
+        self._generation: tuple[str, int] | None = None
+
+    def show(self, status: Status) -> None:
+        """See `Display.show`."""
+        key = (status.phase, status.candidates)
+        now = time.monotonic()
+        if key != self._generation or now - self._shown >= LINE_SECONDS:
+            self._generation, self._shown = key, now
+            print(one_line(status), file=self._stream, flush=True)
+
+    def say(self, text: str) -> None:
+        """See `Display.say`."""
+        print(text, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """See `Display.close`."""
+
+
+class Silent:
+    """Shows nothing; for the Python face and tests."""
+
+    def show(self, status: Status) -> None:
+        """See `Display.show`."""
+
+    def say(self, text: str) -> None:
+        """See `Display.say`."""
+
+    def close(self) -> None:
+        """See `Display.close`."""
+
+
+def display_for(stream: TextIO | None = None) -> Display:
+    """Return the display that suits a stream (default: stderr)."""
+    stream = stream or sys.stderr
+    console = Console(file=stream)
+    return LiveDisplay(console) if console.is_terminal else LineDisplay(stream)
+
+
+class StatusWriter:
+    """Keeps ``status.json`` up to date, at most once a second unless the state changes."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._written = 0.0
+        self._state = ""
+
+    def write(self, status: Status, extra: Mapping[str, Any] | None = None) -> None:
+        """Write a status if it is due."""
+        now = time.monotonic()
+        if status.state == self._state and now - self._written < STATUS_SECONDS:
+            return
+        self._state, self._written = status.state, now
+        facts = {
+            "run": str(self._folder),
+            "pid": os.getpid(),
+            "host": os.uname().nodename,
+            "time": time.time(),
+        }
+        write_json(self._folder / STATUS, {**asdict(status), **facts, **(extra or {})})
+
+
+class Clock:
+    """Measures rates since the driver started, without what earlier drivers did."""
+
+    def __init__(self, item_evaluations: int, candidates: int) -> None:
+        self._start = time.monotonic()
+        self._items, self._candidates = item_evaluations, candidates
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the driver started its first candidate."""
+        return time.monotonic() - self._start
+
+    def rate(self, item_evaluations: int) -> float:
+        """Items per second."""
+        return (item_evaluations - self._items) / max(self.seconds, 1e-9)
+
+    def eta(self, candidates: float, total: int | None) -> float | None:
+        """Seconds until `total` candidates are done, None if that cannot be told."""
+        done = candidates - self._candidates
+        if total is None or done <= 0:
+            return None
+        return max(0.0, (total - candidates) * self.seconds / done)
+
+
+def one_line(status: Status) -> str:
+    """Return a status as one line of plain text."""
+    total = f"/{status.total}" if status.total else ""
+    parts = [f"{status.phase}: {status.candidates}{total} candidates"]
+    if status.failed:
+        parts.append(f"{status.failed} failed")
+    for name in ("median", "best", "incumbent"):
+        value = getattr(status, name)
+        if value is not None:
+            parts.append(f"{name} {value:.3f}")
+    parts.append(f"{status.item_evaluations} items")
+    if status.rate > 0:
+        parts.append(f"{status.rate:.0f}/s")
+    if status.eta_seconds is not None:
+        parts.append(f"ETA {duration(status.eta_seconds)}")
+    return ", ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """Return a duration in words, e.g. ``1h 05m`` or ``42s``."""
+    seconds = round(seconds)
+    hours, rest = divmod(seconds, 3600)
+    minutes, seconds = divmod(rest, 60)
+    if hours:
+        return f"{hours}h {minutes:02d}m"
+    return f"{minutes}m {seconds:02d}s" if minutes else f"{seconds}s"
+
+
+def _panel(status: Status) -> Group:
+    done = status.candidates + status.done_in_phase * 0
+    bar = ProgressBar(
+        total=status.total or 1, completed=done if status.total else status.done_in_phase, width=32
+    )
+    head = Table.grid(padding=(0, 1))
+    counted = f"{status.candidates}/{status.total}" if status.total else str(status.candidates)
+    head.add_row(Text(status.phase, style="bold"), bar, f"{counted} candidates", _failed(status))
+    body = Table.grid(padding=(0, 3))
+    body.add_row(
+        _number("median", status.median),
+        _number("best", status.best),
+        _number("incumbent", status.incumbent),
+        f"items {status.item_evaluations:,}",
+        f"{status.rate:,.0f}/s",
+        f"ETA {duration(status.eta_seconds)}" if status.eta_seconds is not None else "",
+        f"{status.workers} worker{'s' if status.workers != 1 else ''}",
+    )
+    return Group(head, body)
+
+
+def _failed(status: Status) -> Text:
+    return Text(f"{status.failed} failed", style="red") if status.failed else Text("")
+
+
+def _number(name: str, value: float | None) -> str:
+    return f"{name} {value:.3f}" if value is not None else f"{name} –"
+
+
+class Closing:
+    """Closes a display whatever happens."""
+
+    def __init__(self, display: Display) -> None:
+        self._display = display
+
+    def __enter__(self) -> Display:
+        return self._display
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._display.close()
+
+
+def sentence(status: Mapping[str, Any]) -> str:
+    """Return what ``status.json`` says, in a few lines."""
+    state = status.get("state", "created")
+    run = status.get("run", "")
+    if state == "created":
+        return f"{run}: made, not started yet; go on with 'evomerge resume {run}'"
+    known = {field: status[field] for field in Status.__dataclass_fields__ if field in status}
+    line = f"{run}: {state}\n  {one_line(Status(**known))}"
+    if state in ("stopped", "interrupted", "failed"):
+        line += f"\n  go on with 'evomerge resume {run}'"
+    return line

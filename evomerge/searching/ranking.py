@@ -1,0 +1,57 @@
+"""Fitness, ranks and shrunk scores of candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from evomerge.evaluation.items import ItemScore
+from evomerge.evaluation.statistics import shrunk_scores, suite_mean
+
+ScoreTable = dict[str, dict[str, ItemScore]]
+
+
+def values_of(
+    table: Mapping[str, Mapping[str, ItemScore]], *, raw: bool = False
+) -> dict[str, dict[str, float]]:
+    """Return task → item id → value (mapped to [0, 1], or raw)."""
+    return {
+        task: {item: score.raw if raw else score.value for item, score in scores.items()}
+        for task, scores in table.items()
+    }
+
+
+def fitness_of(table: Mapping[str, Mapping[str, ItemScore]], weights: Mapping[str, float]) -> float:
+    """Return the weighted mean over tasks of the per-task means of mapped scores."""
+    return suite_mean(values_of(table), weights)
+
+
+def rank(fitness: Sequence[float | None]) -> list[float]:
+    """Return ranks, 0 for the largest fitness; equal fitness shares the mean rank, failures come last."""
+    order = sorted(range(len(fitness)), key=lambda i: (fitness[i] is None, -(fitness[i] or 0.0)))
+    ranks = [0.0] * len(fitness)
+    start = 0
+    while start < len(order):
+        end = start
+        while end < len(order) and fitness[order[end]] == fitness[order[start]]:
+            end += 1
+        for i in order[start:end]:
+            ranks[i] = (start + end - 1) / 2
+        start = end
+    return ranks
+
+
+def shrunk(
+    values: Mapping[int, Sequence[tuple[str, float]]], item_weights: Mapping[str, float]
+) -> dict[int, float]:
+    """Return candidate id → shrunk fitness, comparable between generations that saw other items.
+
+    Args:
+        values: candidate id → (item id, value) of everything it answered.
+        item_weights: item id → share of the item in the suite's fitness.
+    """
+    if not values:
+        return {}
+    ids = list(values)
+    return dict(
+        zip(ids, map(float, shrunk_scores([values[i] for i in ids], item_weights=item_weights)), strict=True)
+    )

@@ -1,0 +1,273 @@
+"""Starting, resuming and reading runs: the Python face of a search."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evomerge.config import Budget, Config, load_config
+from evomerge.environment import prepare
+from evomerge.errors import Stopped, UserError
+from evomerge.recipe import Recipe, load_recipe
+from evomerge.schema import read_text, validate
+from evomerge.searching.progress import Closing, Display, Silent
+from evomerge.searching.rundir import (
+    CONFIG,
+    RECIPE,
+    RESULTS,
+    create_run,
+    load_resolved,
+    open_run,
+    read_status,
+)
+from evomerge.searching.store import CandidateRow, Store
+
+if TYPE_CHECKING:
+    import pandas
+
+    from evomerge.searching.setup import Setup
+    from evomerge.workers.executor import Executor
+
+
+class Run:
+    """A run directory, for reading.
+
+    Args:
+        path: the directory.
+
+    Raises:
+        UserError: it is not a run.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        read_status(self.path)
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """The status as last written by the driver; ``state`` is ``interrupted`` if the driver died."""
+        return read_status(self.path)
+
+    @property
+    def config(self) -> Config:
+        """The normalised config."""
+        return load_resolved(self.path)
+
+    @property
+    def recipe(self) -> Recipe:
+        """The winner's recipe; the incumbent's while the search has not ended."""
+        if not (self.path / RECIPE).exists():
+            raise UserError(f"{self.path}: has no recipe yet: no generation is complete")
+        return load_recipe(self.path / RECIPE)
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """What results.json holds."""
+        path = self.path / RESULTS
+        if not path.exists():
+            raise UserError(f"{self.path}: has no results yet; finish it with 'evomerge resume {self.path}'")
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+
+    def candidate(self, number: int) -> Recipe:
+        """Return the recipe of one candidate by its number."""
+        with self._store() as store:
+            rows = {row.id: row for row in store.candidates()}
+            if number not in rows:
+                raise UserError(f"{self.path}: there is no candidate {number}; they are 0 to {len(rows) - 1}")
+            return store.recipe(rows[number].recipe)
+
+    def candidate_rows(self) -> list[CandidateRow]:
+        """Return all candidates, in order."""
+        with self._store() as store:
+            return store.candidates()
+
+    def candidates(self) -> pandas.DataFrame:
+        """Return one row per candidate: generation, genotype, recipe hash, status, fitness, rank."""
+        return self._frame(
+            "SELECT id, generation, position, status, fitness, rank, reason, recipe, genotype "
+            "FROM candidates ORDER BY id"
+        )
+
+    def items(self) -> pandas.DataFrame:
+        """Return one row per item: id, task, split, position."""
+        return self._frame("SELECT id, task, split, position FROM items ORDER BY split, task, position")
+
+    def scores(self) -> pandas.DataFrame:
+        """Return one row per scored item of a recipe: recipe, block, item, task, raw, value."""
+        return self._frame(
+            "SELECT recipe, block, item, task, raw, value FROM scores ORDER BY recipe, block, item"
+        )
+
+    def export(self, out: Path | str, *, candidate: int | None = None, **options: Any) -> Path:
+        """Write the winner (or one candidate) as a Hugging Face folder; options as for `evomerge.merge`."""
+        from evomerge.merging import merge
+
+        recipe = self.recipe if candidate is None else self.candidate(candidate)
+        return merge(recipe, out, **options)
+
+    @contextmanager
+    def _store(self) -> Iterator[Store]:
+        store = open_run(self.path)
+        try:
+            yield store
+        finally:
+            store.close()
+
+    def _frame(self, sql: str) -> pandas.DataFrame:
+        try:
+            import pandas
+        except ImportError:
+            raise UserError("data frames need pandas: pip install 'evomerge[analysis]'") from None
+        with self._store() as store:
+            columns, rows = store.query(sql)
+        return pandas.DataFrame(rows, columns=columns)
+
+
+def search(
+    config: Config | Path | str,
+    *,
+    run: Path | str | None = None,
+    overrides: Sequence[str] = (),
+    continue_: bool = False,
+    yes: bool = False,
+    display: Display | None = None,
+) -> Run:
+    """Launch a search and drive it to its end.
+
+    Args:
+        config: a config file, or a validated `Config`.
+        run: the run directory; default ``runs/NAME``.
+        overrides: ``a.b=value`` strings, as for ``--set``.
+        continue_: resume the run if it exists already.
+        yes: go on although the preview can extract nothing from a task's answers.
+        display: shows progress (default: nothing).
+
+    Raises:
+        UserError: the config, its models or tasks, or an existing run directory.
+        InfrastructureError: workers or disk failed; the run can be resumed.
+        Stopped: by Ctrl-C or SIGTERM; the run can be resumed.
+    """
+    display = display or Silent()
+    if isinstance(config, Config):
+        parsed, original, file = config, config.to_yaml(), "config"
+    else:
+        parsed, file = load_config(config, overrides), str(config)
+        original = read_text(Path(config), "config")
+    folder = Path(run) if run is not None else Path("runs") / parsed.name
+    if continue_ and (folder / "run.db").exists():
+        _check_same_config(folder, original, file)
+        return resume(folder, yes=yes, display=display)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        create_run(folder, parsed, original)
+    with _signals(), Closing(display):
+        setup = _set_up(parsed, file, display)
+        store = create_run(folder, setup.config, original)
+        _drive(folder, store, setup, setup.config.budget, display, yes=yes)
+    return Run(folder)
+
+
+def resume(
+    run: Path | str,
+    *,
+    budget: Mapping[str, Any] | None = None,
+    yes: bool = False,
+    display: Display | None = None,
+) -> Run:
+    """Continue a run where it stopped.
+
+    Args:
+        run: the run directory.
+        budget: new ceilings, e.g. ``{"candidates": 600}`` (totals, not additions); kept for later resumes.
+        yes, display: as for `search`.
+
+    Raises:
+        UserError: not a run, another process drives it, or its models, tasks or versions have changed.
+    """
+    display = display or Silent()
+    folder = Path(run)
+    with _signals(), Closing(display):
+        store = open_run(folder)
+        try:
+            config = load_resolved(folder)
+            recorded = store.meta("budget")
+            current = config.budget if recorded is None else validate(Budget, recorded, folder)
+            if budget:
+                merged = {**current.model_dump(exclude_none=True), **budget}
+                current = validate(Budget, merged, "--budget")
+                store.set_meta(budget=current.model_dump(exclude_none=True))
+            setup = _set_up(config, folder / CONFIG, display, budget=current)
+        except BaseException:
+            store.close()
+            raise
+        _drive(folder, store, setup, current, display, yes=yes)
+    return Run(folder)
+
+
+def executor_for(setup: Setup, config_file: Path | str) -> Executor:
+    """Return the executor that a config asks for."""
+    spec = setup.worker_spec(config_file)
+    if setup.config.workers.type == "local":
+        from evomerge.workers.local import LocalExecutor
+
+        return LocalExecutor(spec)
+    from evomerge.workers.ray_executor import RayExecutor
+
+    return RayExecutor(spec, setup.config.workers)
+
+
+def _set_up(config: Config, file: Path | str, display: Display, *, budget: Budget | None = None) -> Setup:
+    prepare(offline=not config.uses_hub)
+    from evomerge.searching.plan import plan_search
+    from evomerge.searching.setup import set_up
+
+    setup = set_up(config, file=file)
+    display.say(str(plan_search(setup, budget or config.budget)))
+    return setup
+
+
+def _drive(folder: Path, store: Store, setup: Setup, budget: Budget, display: Display, *, yes: bool) -> None:
+    from evomerge.searching.driver import Driver
+
+    executor = executor_for(setup, folder / CONFIG)
+    try:
+        Driver(folder, store, setup, executor, budget=budget, display=display, yes=yes).run()
+    except KeyboardInterrupt:
+        raise Stopped(
+            f"Stopped. Everything so far is saved; go on with 'evomerge resume {folder}'."
+        ) from None
+    finally:
+        try:
+            executor.close()
+        finally:
+            store.close()
+
+
+def _check_same_config(folder: Path, original: str, file: str) -> None:
+    recorded = (folder / CONFIG).read_text(encoding="utf-8")
+    if recorded != original:
+        raise UserError(
+            f"{folder}: was started from another config than {file}; name another folder with --run, or resume "
+            f"it as it is with 'evomerge resume {folder}'"
+        )
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """Let SIGTERM stop a search the way Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,98 @@
+"""The scheduler: completes tables of recipes × blocks, whatever happens to the workers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from evomerge.errors import InfrastructureError
+from evomerge.evaluation.items import Block, ItemScore
+from evomerge.recipe import Recipe
+from evomerge.searching.store import Store
+from evomerge.workers.executor import Executor
+from evomerge.workers.work import Result, Work, WorkerLost
+
+MAX_ATTEMPTS = 4
+"""How often a request is tried before the run stops, resumable."""
+
+POLL_SECONDS = 0.25
+
+
+class Scheduler:
+    """Asks the executor for what the store does not know yet, and records every answer as it comes.
+
+    Args:
+        store: the run's database.
+        executor: started workers.
+        fingerprint: of their engine; an answer of another one stops the run.
+        on_event: called after each recorded result and at least every `POLL_SECONDS` while waiting.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        executor: Executor,
+        fingerprint: str,
+        on_event: Callable[[Result | None], None] = lambda _: None,
+    ) -> None:
+        self._store = store
+        self._executor = executor
+        self._fingerprint = fingerprint
+        self._on_event = on_event
+
+    def complete(self, recipes: Sequence[Recipe], blocks: Sequence[Block]) -> None:
+        """Return when every recipe has an outcome on every block.
+
+        Raises:
+            InfrastructureError: a request was lost `MAX_ATTEMPTS` times; everything else is recorded.
+        """
+        waiting: dict[str, Work] = {}
+        for recipe in {recipe.hash: recipe for recipe in recipes}.values():
+            known = self._store.results(recipe.hash)
+            for block in blocks:
+                if block.hash not in known:
+                    work = Work(id=f"{recipe.hash[:16]}-{block.hash[:16]}", recipes=(recipe,), block=block)
+                    waiting[work.id] = work
+        for work in waiting.values():
+            self._executor.submit(work)
+        attempts: dict[str, int] = {}
+        while waiting:
+            event = self._executor.next_event(POLL_SECONDS)
+            if isinstance(event, WorkerLost):
+                self._retry(event, waiting, attempts)
+            elif isinstance(event, Result) and event.work in waiting:
+                self._record(event, waiting.pop(event.work))
+                self._on_event(event)
+                continue
+            self._on_event(None)
+
+    def table(self, recipe: Recipe, blocks: Sequence[Block]) -> dict[str, dict[str, ItemScore]] | str:
+        """Return task → item id → score over complete blocks, or the reason why the candidate failed."""
+        failures = self._store.results(recipe.hash)
+        table: dict[str, dict[str, ItemScore]] = {}
+        for block in blocks:
+            failure = failures[block.hash]
+            if failure is not None:
+                return failure
+            for score in self._store.scores(recipe.hash, block.hash):
+                table.setdefault(score.task, {})[score.item] = score
+        return table
+
+    def _record(self, result: Result, work: Work) -> None:
+        if result.fingerprint != self._fingerprint and any(not o.failure for o in result.outcomes):
+            raise InfrastructureError(
+                f"worker {result.worker} scored with another engine fingerprint; its scores cannot be compared"
+            )
+        with self._store.transaction():
+            for outcome in result.outcomes:
+                self._store.add_result(outcome, work.block.hash, result.worker)
+
+    def _retry(self, lost: WorkerLost, waiting: Mapping[str, Work], attempts: dict[str, int]) -> None:
+        self._store.add_attempt(lost.work, lost.worker, lost.reason)
+        self._store.event("worker_lost", worker=lost.worker, work=lost.work, reason=lost.reason)
+        attempts[lost.work] = attempts.get(lost.work, 0) + 1
+        if attempts[lost.work] >= MAX_ATTEMPTS:
+            raise InfrastructureError(
+                f"a request was lost {MAX_ATTEMPTS} times with its worker, the last time: {lost.reason}"
+            )
+        if lost.work in waiting:
+            self._executor.submit(waiting[lost.work])

@@ -1,0 +1,171 @@
+"""From a config to everything that a search needs before the first candidate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from evomerge.config import Config
+from evomerge.environment import prepare
+from evomerge.evaluation.items import SPLITS, Block, Item, Split
+from evomerge.recipe import Recipe, Source
+from evomerge.searching.draws import block_sizes
+from evomerge.workers.worker import WorkerSpec
+
+if TYPE_CHECKING:
+    from evomerge.checkpoints import Checkpoint
+    from evomerge.evaluation.suite import Suite
+    from evomerge.spaces import CoefficientSpace
+
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A search, ready to start.
+
+    Attributes:
+        config: with every ``auto`` of engine and suite decided.
+        sources: base and experts by name, pinned to their content.
+        space: genotype ↔ recipe.
+        suite: the built tasks.
+        blocks: each split's blocks; validation and test are cut the same way as search.
+        blocks_per_generation: how many search blocks a generation's candidates answer.
+        baselines: base, initial, uniform (absent where undefined) and each expert, by name.
+        warnings: sentences for the user.
+    """
+
+    config: Config
+    sources: Mapping[str, Source]
+    space: CoefficientSpace
+    suite: Suite
+    blocks: Mapping[Split, tuple[Block, ...]]
+    blocks_per_generation: int
+    baselines: Mapping[str, Recipe]
+    warnings: tuple[str, ...] = field(default=())
+
+    @property
+    def items(self) -> list[Item]:
+        """All items of all splits."""
+        return [item for split in SPLITS for item in self.suite.items(split)]
+
+    @property
+    def items_per_candidate(self) -> int:
+        """Search items that one candidate answers in its generation."""
+        search = self.blocks["search"]
+        return round(sum(len(b.items) for b in search) * self.blocks_per_generation / len(search))
+
+    def worker_spec(self, config_file: Path | str) -> WorkerSpec:
+        """Return what each worker needs."""
+        return WorkerSpec(
+            sources=dict(self.sources),
+            tokenizer=BASE,
+            suite=self.config.suite,
+            splits=self.config.splits,
+            engine=self.config.engine,
+            offline=not self.config.uses_hub,
+            config_file=str(config_file),
+        )
+
+
+def open_models(config: Config) -> tuple[dict[str, Checkpoint], tuple[str, ...]]:
+    """Open base and experts and check that they can be merged; return them and the warnings."""
+    from evomerge.checkpoints import check_compatible, check_tokenizers, open_checkpoint
+
+    refs = {BASE: config.models.base, **config.models.experts}
+    opened = {
+        name: open_checkpoint(ref.path, revision=ref.revision, adapter=ref.adapter, name=name)
+        for name, ref in refs.items()
+    }
+    experts = {name: opened[name] for name in config.models.experts}
+    warnings = check_compatible(opened[BASE], experts)
+    warnings += check_tokenizers(opened[BASE], experts) or []
+    return opened, tuple(warnings)
+
+
+def decide_engine(config: Config, base: Checkpoint) -> Config:
+    """Return the config with the engine's device, token budget and context length decided."""
+    import torch
+
+    from evomerge.evaluation.engine import default_batch_tokens
+
+    engine = config.engine
+    device = engine.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokens = default_batch_tokens(device) if engine.batch_tokens == "auto" else engine.batch_tokens
+    length = engine.max_length or int(base.config.get("max_position_embeddings") or 2048)
+    decided = engine.model_copy(update={"device": device, "batch_tokens": tokens, "max_length": length})
+    return config.model_copy(update={"engine": decided})
+
+
+def set_up(config: Config, *, file: Path | str, weights: bool = True) -> Setup:
+    """Open the models, build suite, space and blocks, and check that they fit each other.
+
+    Args:
+        config: validated.
+        file: named in errors.
+        weights: read and hash the weights (a plan does without: its recipes are not pinned).
+
+    Raises:
+        UserError: with one sentence, for anything that does not fit.
+    """
+    prepare(offline=not config.uses_hub)
+    from evomerge.checkpoints import load_tokenizer
+    from evomerge.evaluation.packing import VERSION as PACKING
+    from evomerge.evaluation.suite import Suite
+    from evomerge.spaces import baseline_recipes, space_for
+
+    checkpoints, warnings = open_models(config)
+    base = checkpoints[BASE]
+    config = decide_engine(config, base)
+    refs = {BASE: config.models.base, **config.models.experts}
+    sources = {
+        name: Source(
+            source=refs[name].path,
+            revision=refs[name].revision,
+            sha256=checkpoint.sha256 if weights else "0" * 64,
+        )
+        for name, checkpoint in checkpoints.items()
+    }
+    if weights:
+        warnings += _same_content(sources)
+    space = space_for(config, num_layers=base.num_layers, sources=sources)
+    suite = Suite.build(config.suite, config.splits, load_tokenizer(base.path), file=str(file))
+    per_block, per_generation = block_sizes(
+        search_items=len(suite.items("search")),
+        tasks=len(suite.tasks),
+        block_items=config.suite.block_items,
+        items_per_candidate=config.suite.items_per_candidate,
+    )
+    packing = f"{PACKING}:{config.engine.batch_tokens}"
+    blocks = {
+        split: suite.blocks(split, seed=config.seed, block_items=per_block, packing=packing)
+        for split in SPLITS
+    }
+    per_generation = min(per_generation, len(blocks["search"]))
+    baselines = {"base": baseline_recipes(config, sources)["base"], "initial": space.decode(space.initial)}
+    baselines.update(baseline_recipes(config, sources))
+    return Setup(
+        config=config,
+        sources=sources,
+        space=space,
+        suite=suite,
+        blocks=blocks,
+        blocks_per_generation=per_generation,
+        baselines=baselines,
+        warnings=warnings,
+    )
+
+
+def _same_content(sources: Mapping[str, Source]) -> tuple[str, ...]:
+    """Warn of models that are copies of each other."""
+    first: dict[str | None, str] = {}
+    warnings = []
+    for name, source in sources.items():
+        if source.sha256 in first:
+            warnings.append(f"'{name}' has the same weights as '{first[source.sha256]}'")
+        first.setdefault(source.sha256, name)
+    return tuple(warnings)

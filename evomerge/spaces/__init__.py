@@ -1,0 +1,27 @@
+"""Search spaces: genotypes in, recipes out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from evomerge.config import Config
+from evomerge.recipe import Source
+from evomerge.spaces.baselines import baseline_recipes, undefined_baselines
+from evomerge.spaces.coefficients import CoefficientSpace
+from evomerge.spaces.describe import describe_recipe
+from evomerge.spaces.genotype import Coordinate, Genotype
+
+__all__ = [
+    "CoefficientSpace",
+    "Coordinate",
+    "Genotype",
+    "baseline_recipes",
+    "describe_recipe",
+    "space_for",
+    "undefined_baselines",
+]
+
+
+def space_for(config: Config, num_layers: int, sources: Mapping[str, Source]) -> CoefficientSpace:
+    """Return the search space that a config describes; see `CoefficientSpace` for arguments and errors."""
+    return CoefficientSpace(config, num_layers=num_layers, sources=sources)

@@ -1,0 +1,246 @@
+"""The space of merge coefficients: one method, its parameters over experts, depth and roles."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from evomerge.checkpoints.names import ROLES, Position, Role
+from evomerge.config import Config, Depth, ParameterSpec, Smooth
+from evomerge.errors import UserError
+from evomerge.methods.registry import Parameter, get_method
+from evomerge.recipe import Merge, Output, Recipe, Rule, Scalar, Source, Value
+from evomerge.spaces.chains import SHARED, Tier, recipient_of, slots, tiers_by_role
+from evomerge.spaces.depth import check_depth, control_names, over_depth, positions
+from evomerge.spaces.describe import describe_recipe, show, table
+from evomerge.spaces.genotype import Coordinate, Genotype
+from evomerge.spaces.units import make_coordinate, to_value
+
+MERGE = "merged"
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """One parameter's values over depth, for one expert or all, and one set of roles.
+
+    Attributes:
+        spec: the entry of the config.
+        depth: the entry's depth; ``global`` where the roles occur at one position only.
+        start, stop: its coordinates in the genotype; none for a fixed value.
+    """
+
+    spec: ParameterSpec
+    depth: Depth
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class _Field:
+    """A parameter with the curve that holds for each role, tier and recipient (None: the default)."""
+
+    parameter: Parameter
+    tiers: dict[Role, tuple[Tier, ...]]
+    curves: dict[tuple[int, str, str], _Curve]
+    specs: tuple[ParameterSpec, ...]
+
+
+class CoefficientSpace:
+    """Maps genotypes to recipes with one merge, named ``merged``.
+
+    Each parameter of the config has one or several entries; an expert's value for a tensor comes from the
+    first entry that speaks of the expert, the tensor's role and its name, else from the method's default.
+    An entry has one control value, or several over depth (`evomerge.spaces.depth`), for each expert (or one
+    for all, ``per: shared``) and each listed role. The roles embedding and head occur at one position only
+    and take one value whatever the depth.
+
+    Attributes:
+        coordinates: the searched numbers, by parameter in the method's order, then by entry,
+            expert, role and depth.
+        initial: the genotype where the search starts.
+    """
+
+    def __init__(self, config: Config, *, num_layers: int, sources: Mapping[str, Source]) -> None:
+        """Lay out the coordinates.
+
+        Args:
+            config: a validated config.
+            num_layers: number of layers of the models, at least 1.
+            sources: name → source for ``base`` and every expert; they go into the recipes as they are.
+
+        Raises:
+            UserError: a parameter's entries do not fit the method, the experts or the number of layers.
+        """
+        self._config = config
+        self._method = get_method(config.space.method)
+        self._layers = num_layers
+        self._experts = tuple(config.models.experts)
+        self._models = {name: sources[name] for name in ("base", *self._experts)}
+        self._output = Output(dtype=config.output.dtype, tokenizer="base", chat_template="base")
+        coordinates: list[Coordinate] = []
+        self._fields: list[_Field] = []
+        for parameter in self._method.parameters:
+            specs = config.space.parameters.get(parameter.name)
+            if specs is not None:
+                try:
+                    self._fields.append(self._lay_out(parameter, specs, coordinates))
+                except ValueError as error:
+                    raise UserError(f"space.parameters.{parameter.name}: {error}") from None
+        self.coordinates = tuple(coordinates)
+        self.initial: Genotype = tuple(coordinate.initial for coordinate in coordinates)
+
+    @property
+    def dimension(self) -> int:
+        """Number of coordinates."""
+        return len(self.coordinates)
+
+    def decode(self, genotype: Genotype) -> Recipe:
+        """Return the recipe of a genotype; its coordinate's initial gives `initial` exactly.
+
+        Raises:
+            ValueError: wrong length, or a number outside its coordinate's domain.
+        """
+        if len(genotype) != self.dimension:
+            raise ValueError(f"a genotype of this space has {self.dimension} numbers, not {len(genotype)}")
+        parameters: dict[str, Value] = {}
+        patterned: list[Rule] = []
+        general: dict[tuple[tuple[Position, ...] | None, tuple[Role, ...] | None], dict[str, Value]] = {}
+        for field in self._fields:
+            name = field.parameter.name
+            patterns = dict.fromkeys(tier.pattern for tiers in field.tiers.values() for tier in tiers)
+            for pattern in sorted(patterns, key=lambda p: _first_use(p, field.specs)):
+                for layers, roles, value in self._regions(field, pattern, genotype):
+                    if pattern is not None:
+                        rule = Rule(layers=layers, roles=roles, tensors=pattern, parameters={name: value})
+                        patterned.append(rule)
+                    elif layers is None and roles is None:
+                        parameters[name] = value
+                    else:
+                        general.setdefault((layers, roles), {})[name] = value
+        rules = [Rule(layers=layers, roles=roles, parameters=p) for (layers, roles), p in general.items()]
+        merge = Merge(
+            method=self._method.name,
+            base=None if self._method.base == "unused" else "base",
+            inputs=self._experts,
+            dialect=self._config.space.dialect,
+            parameters=parameters,
+            rules=(*patterned, *rules),
+        )
+        return Recipe(models=self._models, merges={MERGE: merge}, output=self._output, seed=self._config.seed)
+
+    def describe(self, what: Genotype | Recipe) -> str:
+        """Return a table to read: a genotype's control values, or all values of a recipe."""
+        if isinstance(what, Recipe):
+            return describe_recipe(what)
+        rows = []
+        for field in self._fields:
+            for (_, who, slot), curve in field.curves.items():
+                values = self._controls(curve, what)
+                names = control_names(curve.depth, self._layers) if len(values) > 1 else ("",)
+                shown = [f"{n}: {show(v)}" if n else show(v) for n, v in zip(names, values, strict=True)]
+                tensors = curve.spec.tensors or "all"
+                fixed = "" if curve.spec.searched else "fixed"
+                rows.append(
+                    [field.parameter.name, who or "all", slot or "all", tensors, "  ".join(shown), fixed]
+                )
+        return table(["parameter", "expert", "roles", "tensors", "values", ""], rows)
+
+    def _lay_out(
+        self, parameter: Parameter, specs: tuple[ParameterSpec, ...], coordinates: list[Coordinate]
+    ) -> _Field:
+        tiers = tiers_by_role(parameter, specs, self._experts, self._method.name)
+        keys = {
+            (index, recipient_of(specs[index], who), slots(specs[index])[role]): None
+            for role, role_tiers in tiers.items()
+            for tier in role_tiers
+            for who, index in tier.entries.items()
+            if index is not None
+        }
+        order = {name: i for i, name in enumerate((SHARED, *self._experts))}
+        curves: dict[tuple[int, str, str], _Curve] = {}
+        for index, who, slot in sorted(
+            keys, key=lambda k: (k[0], order[k[1]], _slot_order(specs[k[0]], k[2]))
+        ):
+            spec = specs[index]
+            check_depth(spec.depth, self._layers)
+            if spec.choices is not None and isinstance(spec.depth, Smooth):
+                raise ValueError("choices cannot be interpolated; use depth: {groups: n} or layers")
+            depth: Depth = "global" if slot in ("embedding", "head") else spec.depth
+            start = len(coordinates)
+            if spec.searched:
+                name = parameter.name + (f"[{who}]" if who else "") + (f".{slot}" if slot else "")
+                name += f" {spec.tensors}" if spec.tensors else ""
+                for place in control_names(depth, self._layers):
+                    coordinates.append(make_coordinate(name + (f"@{place}" if place else ""), spec))
+            curves[index, who, slot] = _Curve(spec, depth, start, len(coordinates))
+        return _Field(parameter, tiers, curves, specs)
+
+    def _controls(self, curve: _Curve, genotype: Genotype) -> list[Scalar]:
+        if curve.spec.value is not None:
+            return [curve.spec.value]
+        values: list[Scalar] = []
+        initial = curve.spec.initial
+        for coordinate, number in list(zip(self.coordinates, genotype, strict=True))[
+            curve.start : curve.stop
+        ]:
+            value = to_value(coordinate, number)
+            values.append(initial if initial is not None and number == coordinate.initial else value)
+        return values
+
+    def _curve_values(self, curve: _Curve, genotype: Genotype) -> tuple[Scalar, ...]:
+        controls = self._controls(curve, genotype)
+        depth = curve.depth if curve.spec.searched else "global"
+        return over_depth(controls, depth, self._layers, log=curve.spec.log, integer=curve.spec.integer)
+
+    def _regions(
+        self, field: _Field, pattern: str | None, genotype: Genotype
+    ) -> list[tuple[tuple[Position, ...] | None, tuple[Role, ...] | None, Value]]:
+        """Cut one tier of a parameter into regions of one value: roles with equal values, runs of layers."""
+        places = positions(self._layers)
+        values = {key: self._curve_values(curve, genotype) for key, curve in field.curves.items()}
+        columns: dict[tuple[tuple[Scalar, ...], ...], list[Role]] = {}
+        recipients: tuple[str, ...] = ()
+        for role, tiers in field.tiers.items():
+            tier = next((tier for tier in tiers if tier.pattern == pattern), None)
+            if tier is None or all(index is None for index in tier.entries.values()):
+                continue
+            recipients = tuple(tier.entries)
+            column = []
+            for who, index in tier.entries.items():
+                if index is None:
+                    assert field.parameter.default is not None, "a required parameter is covered"
+                    column.append((field.parameter.default,) * len(places))
+                else:
+                    spec = field.specs[index]
+                    column.append(values[index, recipient_of(spec, who), slots(spec)[role]])
+            columns.setdefault(tuple(column), []).append(role)
+        regions = []
+        for rows, roles in columns.items():
+            runs: list[tuple[tuple[Scalar, ...], list[Position]]] = []
+            for place, row in zip(places, zip(*rows, strict=True), strict=True):
+                if runs and runs[-1][0] == row:
+                    runs[-1][1].append(place)
+                else:
+                    runs.append((row, [place]))
+            for row, members in runs:
+                regions.append(
+                    (
+                        None if len(runs) == 1 else tuple(members),
+                        None if len(roles) == len(ROLES) else tuple(roles),
+                        _value(recipients, row),
+                    )
+                )
+        return regions
+
+
+def _value(recipients: Sequence[str], row: Sequence[Scalar]) -> Value:
+    return row[0] if len(set(row)) == 1 else dict(zip(recipients, row, strict=True))
+
+
+def _first_use(pattern: str | None, specs: Sequence[ParameterSpec]) -> int:
+    """Order of the tiers: patterns as the config lists them, what matches none of them last."""
+    return next((i for i, s in enumerate(specs) if pattern is not None and s.tensors == pattern), len(specs))
+
+
+def _slot_order(spec: ParameterSpec, slot: str) -> int:
+    return [str(role) for role in spec.roles].index(slot) if slot else 0

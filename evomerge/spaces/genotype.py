@@ -1,0 +1,31 @@
+"""Genotypes: points of a search space as the optimisers see them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Genotype = tuple[float, ...]
+"""One number per coordinate: in [0, 1] of the coordinate's range, or the index of a choice."""
+
+
+@dataclass(frozen=True)
+class Coordinate:
+    """One searched number.
+
+    Attributes:
+        name: readable, e.g. ``weight[arithmetic]@1/2``.
+        kind: ``float``, ``integer`` (steps of 1 in the range) or ``choice``.
+        low, high: the range in the parameter's own units (0 and 1 for a choice).
+        log: whether [0, 1] covers the range on a logarithmic scale.
+        choices: the values of a choice.
+        initial: where the search starts, as a genotype's number.
+    """
+
+    name: str
+    kind: Literal["float", "integer", "choice"]
+    low: float
+    high: float
+    initial: float
+    log: bool = False
+    choices: tuple[float | bool | str, ...] = ()

@@ -1,0 +1,62 @@
+"""The in-process executor: one worker, here, without any further process."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from evomerge.evaluation.items import Item
+from evomerge.recipe import Recipe
+from evomerge.workers.executor import Event
+from evomerge.workers.queue import take
+from evomerge.workers.work import Work, WorkerLost
+from evomerge.workers.worker import Worker, WorkerSpec
+
+if TYPE_CHECKING:
+    from evomerge.evaluation.suite import Preview
+
+
+class LocalExecutor:
+    """Does the work in this process, one request at a time, inside `next_event`."""
+
+    workers = 1
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        self._spec = spec
+        self._worker: Worker | None = None
+        self._queue: deque[Work] = deque()
+        self._held = ""
+
+    def start(self, recipe: Recipe) -> str:
+        """See `Executor.start`."""
+        self._worker = Worker(self._spec)
+        return self._worker.prepare(recipe)
+
+    def submit(self, work: Work) -> None:
+        """See `Executor.submit`."""
+        self._queue.append(work)
+
+    def next_event(self, timeout: float) -> Event | None:
+        """See `Executor.next_event`; works on a request at once, whatever the timeout."""
+        if not self._queue:
+            return None
+        assert self._worker is not None, "start() comes first"
+        work = take(self._queue, self._held, ())
+        try:
+            result = self._worker.run(work)
+        except MemoryError as error:
+            return WorkerLost(work=work.id, reason=f"out of memory: {error}", worker="local")
+        self._held = work.recipes[-1].hash
+        return result
+
+    def preview(self, recipe: Recipe, items: Sequence[Item]) -> list[Preview]:
+        """See `Executor.preview`."""
+        assert self._worker is not None, "start() comes first"
+        self._held = ""
+        return self._worker.preview(recipe, items)
+
+    def close(self) -> None:
+        """See `Executor.close`."""
+        self._queue.clear()
+        self._worker = None

@@ -1,0 +1,250 @@
+"""The Ray executor: one actor per worker, on a local cluster of its own or on one that is running."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from evomerge.config import Workers
+from evomerge.environment import THREAD_VARIABLES, prepare
+from evomerge.errors import EvomergeError, InfrastructureError, UserError
+from evomerge.evaluation.items import Item
+from evomerge.recipe import Recipe
+from evomerge.workers.executor import Event
+from evomerge.workers.queue import take
+from evomerge.workers.work import Work, WorkerLost
+from evomerge.workers.worker import Worker, WorkerSpec
+
+if TYPE_CHECKING:
+    from evomerge.evaluation.suite import Preview
+
+START_TIMEOUT = 600.0
+"""Seconds that a worker may take to import, read the parents and build the suite."""
+
+OBJECT_STORE_BYTES = 128 << 20
+"""Requests and results are small; weights never travel through Ray."""
+
+
+@dataclass
+class _Slot:
+    """One worker: its actor, what it does and what it holds."""
+
+    name: str
+    actor: Any
+    task: Any = None
+    work: Work | None = None
+    held: str = ""
+    starting: bool = field(default=True)
+
+
+class RayExecutor:
+    """A pool of Ray actors behind one queue; a lost actor is replaced and its request reported."""
+
+    def __init__(self, spec: WorkerSpec, workers: Workers) -> None:
+        self._spec = spec
+        self._config = workers
+        self._slots: list[_Slot] = []
+        self._queue: deque[Work] = deque()
+        self._lost: deque[WorkerLost] = deque()
+        self._first: Recipe | None = None
+        self._started = 0
+        self._fingerprint = ""
+        self._gpus = 0.0
+        self._connected = False
+
+    @property
+    def workers(self) -> int:
+        """See `Executor.workers`."""
+        return len(self._slots)
+
+    def start(self, recipe: Recipe) -> str:
+        """See `Executor.start`."""
+        prepare(offline=self._spec.offline)
+        import ray
+
+        self._first = recipe
+        self._gpus = self._gpus_per_worker()
+        self._connect()
+        count = self._count()
+        self._slots = [self._spawn() for _ in range(count)]
+        prints = []
+        for slot in self._slots:
+            try:
+                prints.append(str(ray.get(slot.task, timeout=START_TIMEOUT)))
+            except ray.exceptions.RayTaskError as error:
+                raise _cause(error) from None
+            except (ray.exceptions.RayError, TimeoutError) as error:
+                raise InfrastructureError(f"worker {slot.name} did not start: {_first_line(error)}") from None
+            slot.task, slot.starting, slot.held = None, False, recipe.hash
+        if len(set(prints)) > 1:
+            raise InfrastructureError(
+                "the workers' engines differ, so their scores could not be compared; give them machines of one "
+                f"kind with the same versions: {sorted(set(prints))}"
+            )
+        self._fingerprint = prints[0]
+        return self._fingerprint
+
+    def submit(self, work: Work) -> None:
+        """See `Executor.submit`."""
+        self._queue.append(work)
+        self._assign()
+
+    def next_event(self, timeout: float) -> Event | None:
+        """See `Executor.next_event`."""
+        import ray
+
+        if self._lost:
+            return self._lost.popleft()
+        self._assign()
+        tasks = {slot.task: slot for slot in self._slots if slot.task is not None}
+        if not tasks:
+            time.sleep(min(timeout, 0.05))
+            return None
+        ready, _ = ray.wait(list(tasks), num_returns=1, timeout=timeout)
+        if not ready:
+            return None
+        slot = tasks[ready[0]]
+        return self._collect(slot)
+
+    def preview(self, recipe: Recipe, items: Sequence[Item]) -> list[Preview]:
+        """See `Executor.preview`."""
+        import ray
+
+        slot = self._slots[0]
+        slot.held = recipe.hash
+        try:
+            return list(ray.get(slot.actor.preview.remote(recipe, list(items))))
+        except ray.exceptions.RayTaskError as error:
+            raise _cause(error) from None
+        except ray.exceptions.RayError as error:
+            raise InfrastructureError(f"worker {slot.name} was lost: {_first_line(error)}") from None
+
+    def close(self) -> None:
+        """See `Executor.close`."""
+        import ray
+
+        self._queue.clear()
+        for slot in self._slots:
+            ray.kill(slot.actor)
+        self._slots = []
+        if self._connected:
+            ray.shutdown()
+            self._connected = False
+
+    def _connect(self) -> None:
+        import ray
+
+        if ray.is_initialized():
+            return
+        common = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
+        try:
+            if self._config.address:
+                ray.init(address=self._config.address, **common)
+            else:
+                count = self._config.count
+                cpus = _cores() if count == "auto" else max(1, round(int(count) * self._config.cpus))
+                ray.init(
+                    num_cpus=cpus,
+                    include_dashboard=False,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    **common,
+                )
+        except (ConnectionError, OSError, RuntimeError, ValueError, TimeoutError) as error:
+            where = f" at workers.address {self._config.address}" if self._config.address else ""
+            raise InfrastructureError(f"Ray does not start{where}: {_first_line(error)}") from None
+        self._connected = True
+
+    def _count(self) -> int:
+        import ray
+
+        if self._config.count != "auto":
+            return int(self._config.count)
+        resources = ray.cluster_resources()
+        count = int(resources.get("CPU", 1) // self._config.cpus)
+        if self._gpus:
+            count = min(count, int(resources.get("GPU", 0) // self._gpus))
+        return max(1, count)
+
+    def _gpus_per_worker(self) -> float:
+        if self._spec.engine.device == "cpu":
+            return 0.0
+        return 1.0 if self._config.gpus == "auto" else float(self._config.gpus)
+
+    def _spawn(self) -> _Slot:
+        import ray
+
+        name = f"worker-{self._started}"
+        self._started += 1
+        threads = str(max(1, int(self._config.cpus)))
+        actor = (
+            ray.remote(Worker)
+            .options(
+                num_cpus=self._config.cpus,
+                num_gpus=self._gpus,
+                max_restarts=0,
+                runtime_env={"env_vars": dict.fromkeys(THREAD_VARIABLES, threads)},
+            )
+            .remote(self._spec, name)
+        )
+        return _Slot(name=name, actor=actor, task=actor.prepare.remote(self._first))
+
+    def _assign(self) -> None:
+        for slot in self._slots:
+            if slot.task is None and self._queue:
+                elsewhere = {other.held for other in self._slots if other is not slot}
+                slot.work = take(self._queue, slot.held, elsewhere)
+                slot.held = slot.work.recipes[-1].hash
+                slot.task = slot.actor.run.remote(slot.work)
+
+    def _collect(self, slot: _Slot) -> Event | None:
+        """Take a finished task's answer; a lost worker is replaced by a fresh one."""
+        import ray
+
+        work, task, starting = slot.work, slot.task, slot.starting
+        slot.work, slot.task, slot.starting = None, None, False
+        try:
+            answer = ray.get(task)
+        except ray.exceptions.RayTaskError as error:
+            cause = _cause(error)
+            if isinstance(cause, MemoryError) and work is not None:
+                return WorkerLost(work=work.id, reason=f"out of memory: {cause}", worker=slot.name)
+            raise cause from None
+        except ray.exceptions.RayError as error:
+            reason = _first_line(error)
+            self._slots[self._slots.index(slot)] = self._spawn()
+            if work is None:
+                raise InfrastructureError(
+                    f"a replacement for a lost worker does not start: {reason}"
+                ) from None
+            return WorkerLost(work=work.id, reason=reason, worker=slot.name)
+        if starting:
+            assert self._first is not None
+            slot.held = self._first.hash
+            if answer != self._fingerprint:
+                raise InfrastructureError("a replaced worker came up with another engine fingerprint")
+            self._assign()
+            return None
+        return answer  # type: ignore[no-any-return]
+
+
+def _cores() -> int:
+    """Number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cause(error: Any) -> Exception:
+    """The exception that was raised in the worker; our own kinds keep their type and message."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, EvomergeError | MemoryError):
+        kind = next((k for k in (UserError, InfrastructureError) if isinstance(cause, k)), type(cause))
+        return kind(str(cause.args[0]) if cause.args else "")
+    return InfrastructureError(f"a worker failed: {type(cause).__name__}: {cause}") if cause else error
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0]

@@ -1,0 +1,76 @@
+"""What the zoo is made of: the models' shape and how each one is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from skills import SKILLS
+
+OWN_SKILLS = {"arithmetic": ("add", "larger"), "text": ("reverse", "vowels"), "ordering": ("sort", "next")}
+"""The two skills each expert is trained on."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The shape of every model: a Llama of about 1.3 million parameters."""
+
+    hidden_size: int = 128
+    intermediate_size: int = 352
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 4
+    max_position_embeddings: int = 256
+
+
+@dataclass(frozen=True)
+class Training:
+    """How one model is trained.
+
+    `shares` are the skills' shares of the training items and sum to 1. `parent` is the model to start from (None:
+    random weights). `hold` is the part of the steps at the full learning rate; it then falls to zero in a straight line.
+    """
+
+    name: str
+    parent: str | None
+    shares: dict[str, float]
+    steps: int
+    learning_rate: float
+    hold: float
+    seed: int
+    batch: int = 128
+    warmup: int = 20
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything the zoo depends on besides the code. Models are listed parents first."""
+
+    shape: Shape = field(default_factory=Shape)
+    models: tuple[Training, ...] = ()
+    seed: int = 0
+
+
+def expert_shares(own: tuple[str, ...], rehearsal: float) -> dict[str, float]:
+    """Shares of an expert: `rehearsal` spread over all skills, the rest over its own two."""
+    return {
+        skill: rehearsal / len(SKILLS) + ((1 - rehearsal) / len(own) if skill in own else 0.0)
+        for skill in SKILLS
+    }
+
+
+def full_settings() -> Settings:
+    """The zoo that experiments use."""
+    base = Training("base", None, {skill: 1 / len(SKILLS) for skill in SKILLS}, 240, 2e-3, hold=0.0, seed=0)
+    experts = tuple(
+        Training(name, "base", expert_shares(own, 0.15), 150, 3e-4, hold=0.0, seed=seed, warmup=10)
+        for seed, (name, own) in enumerate(OWN_SKILLS.items(), start=1)
+    )
+    return Settings(models=(base, *experts))
+
+
+def tiny_settings() -> Settings:
+    """A zoo of the same layout that has learned nothing, for tests: made in a few seconds."""
+    shape = Shape(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2)
+    full = full_settings()
+    return replace(
+        full, shape=shape, models=tuple(replace(model, steps=8, batch=16) for model in full.models)
+    )

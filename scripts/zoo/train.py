@@ -1,0 +1,117 @@
+"""Training one model on a mixture of skills, on one thread."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from settings import Settings, Shape, Training
+from skills import SKILLS, SPLITS, Item, draw_splits, held_out_keys, stream
+from tokenizer import build_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
+
+IGNORED = -100
+REPORTS = 4
+
+
+def new_model(shape: Shape, seed: int) -> LlamaForCausalLM:
+    """A model of this shape with random weights."""
+    tokenizer = build_tokenizer()
+    config = LlamaConfig(
+        **vars(shape),
+        vocab_size=len(tokenizer),
+        num_key_value_heads=shape.num_attention_heads,
+        tie_word_embeddings=False,
+        initializer_range=0.03,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="float32",
+    )
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(config)
+
+
+def training_items(training: Training, seed: int) -> Iterator[Item]:
+    """Yield items of the mixture for ever, none of which any split holds."""
+    rng = random.Random(f"{training.seed} {training.name} mixture")
+    streams = {
+        name: stream(
+            SKILLS[name],
+            random.Random(f"{training.seed} {training.name} {name}"),
+            held_out_keys(draw_splits(SKILLS[name], SPLITS, seed)),
+        )
+        for name in training.shares
+    }
+    names, shares = list(training.shares), list(training.shares.values())
+    while True:
+        yield next(streams[rng.choices(names, shares)[0]])
+
+
+class Batches:
+    """Items as padded token batches; only the answer and the line end after it are to be learned."""
+
+    def __init__(self, items: Iterator[Item], size: int) -> None:
+        self.items = items
+        self.size = size
+        self.tokenizer = build_tokenizer()
+
+    def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return input ids and labels, both [batch, length]; labels are `IGNORED` outside the answer."""
+        rows = []
+        for _ in range(self.size):
+            item = next(self.items)
+            rows.append((self.tokenizer.encode(item.prompt), self.tokenizer.encode(item.answer + "\n")))
+        length = max(len(prompt) + len(answer) for prompt, answer in rows)
+        ids = torch.full((self.size, length), self.tokenizer.pad_token_id)
+        labels = torch.full((self.size, length), IGNORED)
+        for row, (prompt, answer) in enumerate(rows):
+            end = len(prompt) + len(answer)
+            ids[row, :end] = torch.tensor(prompt + answer)
+            labels[row, len(prompt) : end] = torch.tensor(answer)
+        return ids, labels
+
+
+def rate(training: Training, step: int) -> float:
+    """The learning rate of a step: a linear warm-up, a constant part, a linear fall."""
+    rising = min(1.0, (step + 1) / training.warmup)
+    falling = min(1.0, (training.steps - step) / (training.steps * (1 - training.hold)))
+    return training.learning_rate * rising * falling
+
+
+def train(training: Training, settings: Settings, parent: Path | None, out: Path) -> None:
+    """Train one model and save its weights, configs and tokenizer in the folder `out`."""
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    logging.disable_progress_bar()
+    model = LlamaForCausalLM.from_pretrained(parent) if parent else new_model(settings.shape, training.seed)
+    model.train()
+    batches = Batches(training_items(training, settings.seed), training.batch)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    start = time.monotonic()
+    for step in range(training.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = rate(training, step)
+        ids, labels = next(batches)
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+        learned = labels[:, 1:] != IGNORED
+        loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[learned]), labels[:, 1:][learned])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        done = step + 1
+        if done * REPORTS // training.steps > step * REPORTS // training.steps:
+            speed = done / (time.monotonic() - start)
+            left = (training.steps - done) / speed
+            print(
+                f"{training.name:<10}  step {done}/{training.steps}  loss {loss.item():.3f}"
+                f"  {speed:.1f} steps/s  {left:.0f} s left",
+                flush=True,
+            )
+    model.save_pretrained(out)
+    build_tokenizer().save_pretrained(out)

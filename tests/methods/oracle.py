@@ -1,0 +1,112 @@
+"""The merge methods in NumPy float64, straight from the papers: the oracle of the tests."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from evomerge.methods import MaskKey, TensorCache, merge_chunks
+
+# Task vectors whose sums cancel in the first two elements.
+CONFLICT = ([1.0, -2.0, 3.0, 0.5], [-1.0, 2.0, 1.0, -0.5], [0.0, 0.0, -4.0, -0.1])
+
+
+def merge(
+    method: str,
+    base: torch.Tensor | None,
+    inputs: Sequence[torch.Tensor],
+    *,
+    masks: MaskKey | None = None,
+    cache: TensorCache | None = None,
+    key: str = "",
+    chunk: int = 1 << 18,
+    **values: Any,
+) -> torch.Tensor:
+    """Run `merge_chunks` and put its chunks together; parameter `lambda` is spelt ``lambda_``."""
+    values = {name.rstrip("_"): value for name, value in values.items()}
+    parts, expected = [], 0
+    for start, part in merge_chunks(
+        method, base, inputs, values, masks=masks, cache=cache, key=key, chunk=chunk
+    ):
+        assert start == expected
+        assert part.dim() == 1
+        assert part.numel() <= chunk
+        parts.append(part.clone())
+        expected += part.numel()
+    assert expected == inputs[0].numel()
+    merged = torch.cat(parts) if parts else torch.empty(0)
+    return merged.reshape(inputs[0].shape)
+
+
+def checkpoints(
+    n: int, experts: int = 3, dtype: torch.dtype = torch.bfloat16, seed: int = 0
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Weights and fine-tunes of realistic spread: θ_0 ~ N(0, .02²), τ ~ N(0, .002²)."""
+    generator = torch.Generator().manual_seed(seed)
+    base = (0.02 * torch.randn(n, generator=generator, dtype=torch.float64)).to(dtype)
+    inputs = [
+        (base.double() + 0.002 * torch.randn(n, generator=generator, dtype=torch.float64)).to(dtype)
+        for _ in range(experts)
+    ]
+    return base, inputs
+
+
+def doubles(*tensors: torch.Tensor) -> list[np.ndarray]:
+    return [tensor.double().numpy().reshape(-1) for tensor in tensors]
+
+
+def linear(inputs: Sequence[torch.Tensor], weights: Sequence[float], normalize: bool) -> np.ndarray:
+    total = sum(w * x for w, x in zip(weights, doubles(*inputs), strict=True))
+    return total / sum(weights) if normalize else total
+
+
+def slerp(x: torch.Tensor, y: torch.Tensor, t: float) -> np.ndarray:
+    a, b = doubles(x, y)
+    cosine = a @ b / (np.linalg.norm(a) * np.linalg.norm(b))
+    if abs(cosine) > 0.9995:
+        return (1 - t) * a + t * b
+    angle = np.arccos(cosine)
+    return np.sin((1 - t) * angle) / np.sin(angle) * a + np.sin(t * angle) / np.sin(angle) * b
+
+
+def trim(delta: np.ndarray, density: float) -> np.ndarray:
+    rank = max(1, int(np.floor(density * delta.size + 1e-9)))
+    threshold = np.sort(np.abs(delta))[::-1][rank - 1]
+    return np.where(np.abs(delta) >= threshold, delta, 0.0)
+
+
+def disjoint_mean(deltas: Sequence[np.ndarray], weights: Sequence[float]) -> np.ndarray:
+    """Elect and merge as the TIES authors' code does, on weighted task vectors."""
+    q = np.stack([w * delta for w, delta in zip(weights, deltas, strict=True)])
+    elected = np.sign(q.sum(axis=0))
+    elected[elected == 0] = np.sign(elected.sum())
+    selected = (np.sign(q) == elected) & (q != 0)
+    return (q * selected).sum(axis=0) / np.maximum(selected.sum(axis=0), 1)
+
+
+def hash_v1(seed: int, expert: str, tensor: str, index: int) -> int:
+    """One element's hash in plain integers."""
+    high, low = index >> 32, index & 0xFFFFFFFF
+    text = "\x1f".join(["hash_v1", str(seed), expert, tensor, str(high)])
+    digest = hashlib.sha256(text.encode()).digest()
+    words = [int.from_bytes(digest[i : i + 4], "little") for i in (0, 4)]
+    x = low ^ words[0]
+    x = (x ^ x >> 17) * 0xED5AD4BB % 2**32
+    x ^= words[1]
+    x = (x ^ x >> 11) * 0xAC4C1B51 % 2**32
+    x = (x ^ x >> 15) * 0x31848BAB % 2**32
+    return x ^ x >> 14
+
+
+def kept(key: MaskKey, k: int, n: int, density: float) -> np.ndarray:
+    """The mask of input k's first n elements."""
+    return np.array([hash_v1(key.seed, key.experts[k], key.tensor, i) / 2**32 < density for i in range(n)])
+
+
+def rounded(values: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+    """Round float64 once to an output dtype, ties to even."""
+    return torch.from_numpy(np.ascontiguousarray(values)).to(dtype)

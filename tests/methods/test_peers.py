@@ -1,0 +1,73 @@
+"""mergekit and peft give the same numbers wherever their dialects agree with the paper's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.methods import oracle
+from tests.methods.oracle import merge
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-14)
+
+
+class TestMergekit:
+    @pytest.fixture
+    def peer(self) -> Any:
+        return pytest.importorskip("mergekit.merge_methods.api").merge_tensors
+
+    @pytest.mark.parametrize("normalize", [True, False])
+    def test_linear(self, peer: Any, normalize: bool) -> None:
+        _, experts = oracle.checkpoints(2000, dtype=torch.float64)
+        parameters = {"weight": [0.2, 0.9, -0.3], "normalize": normalize}
+        theirs = peer(experts, "linear", parameters=parameters)
+        close(merge("linear", None, experts, weight=(0.2, 0.9, -0.3), normalize=normalize), theirs)
+
+    @pytest.mark.parametrize("t", [0.0, 0.3, 1.0])
+    def test_slerp(self, peer: Any, t: float) -> None:
+        generator = torch.Generator().manual_seed(0)
+        x, y = (torch.randn(2000, generator=generator, dtype=torch.float64) for _ in range(2))
+        theirs = peer([x, y], "slerp", parameters={"t": t}, base_index=0)
+        close(merge("slerp", None, [x, y], t=t), theirs)
+
+    def test_task_arithmetic(self, peer: Any) -> None:
+        base, experts = oracle.checkpoints(2000, dtype=torch.float64)
+        parameters = {"weight": [0.2, 0.9, -0.3], "normalize": False, "lambda": 0.7}
+        theirs = peer([base, *experts], "task_arithmetic", parameters=_padded(parameters), base_index=0)
+        close(merge("task_arithmetic", base, experts, weight=(0.2, 0.9, -0.3), lambda_=0.7), theirs)
+
+    @pytest.mark.parametrize("density", [0.3, 1.0])
+    def test_ties_with_equal_weights(self, peer: Any, density: float) -> None:
+        base, experts = oracle.checkpoints(2000, dtype=torch.float64)
+        parameters = {"weight": [1.0, 1.0, 1.0], "density": [density] * 3, "normalize": True, "lambda": 0.7}
+        theirs = peer([base, *experts], "ties", parameters=_padded(parameters), base_index=0)
+        close(merge("ties", base, experts, density=density, lambda_=0.7), theirs)
+
+
+def _padded(parameters: dict[str, Any]) -> dict[str, Any]:
+    """mergekit lists a value for the base too."""
+    return {name: [0.0, *value] if isinstance(value, list) else value for name, value in parameters.items()}
+
+
+class TestPeft:
+    @pytest.fixture
+    def peer(self) -> Any:
+        return pytest.importorskip("peft.utils.merge_utils")
+
+    @pytest.mark.filterwarnings("ignore:The density")
+    @pytest.mark.parametrize("density", [0.3, 1.0])
+    def test_ties_with_equal_weights(self, peer: Any, density: float) -> None:
+        base, experts = oracle.checkpoints(2000, dtype=torch.float64)
+        deltas = [expert - base for expert in experts]
+        theirs = peer.ties(deltas, torch.full((3,), 0.4, dtype=torch.float64), density)
+        close(merge("ties", base, experts, density=density, weight=0.4), base + theirs)
+
+    def test_task_arithmetic(self, peer: Any) -> None:
+        base, experts = oracle.checkpoints(2000, dtype=torch.float64)
+        weights = torch.tensor([0.2, 0.9, -0.3], dtype=torch.float64)
+        theirs = peer.task_arithmetic([expert - base for expert in experts], weights)
+        close(merge("task_arithmetic", base, experts, weight=(0.2, 0.9, -0.3)), base + theirs)

@@ -1,0 +1,128 @@
+"""The registry says what each method takes, and refuses what does not fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+
+from evomerge.methods import Parameter, all_methods, get_method, methods_table
+from evomerge.methods.describe import describe_methods
+from evomerge.methods.registry import register
+
+
+def test_the_six_methods_are_there() -> None:
+    assert list(all_methods()) == ["dare_linear", "dare_ties", "linear", "slerp", "task_arithmetic", "ties"]
+
+
+@pytest.mark.parametrize("name", list(all_methods()))
+def test_every_method_explains_itself(name: str) -> None:
+    method = get_method(name)
+    assert method.summary.endswith(".")
+    assert any(year in method.paper for year in ("1985", "2022", "2023", "2024"))
+    assert method.dialects == ("paper",)
+    for parameter in method.parameters:
+        assert parameter.doc.endswith(".")
+        if parameter.default is not None:
+            parameter.check(parameter.default, "default")
+
+
+def test_what_the_base_is_for() -> None:
+    roles = {name: method.base for name, method in all_methods().items()}
+    assert roles == {
+        "linear": "unused",
+        "slerp": "unused",
+        "task_arithmetic": "origin",
+        "ties": "origin",
+        "dare_linear": "origin",
+        "dare_ties": "origin",
+    }
+
+
+def test_only_the_dare_methods_draw_masks() -> None:
+    assert [name for name, method in all_methods().items() if method.random] == ["dare_linear", "dare_ties"]
+
+
+def test_a_name_can_be_taken_once() -> None:
+    with pytest.raises(ValueError, match="'ties' is registered twice"):
+        register(dataclasses.replace(get_method("ties")))
+
+
+def test_an_unknown_method_names_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"unknown merge method 'tise' \(did you mean 'ties'\?\)"):
+        get_method("tise")
+
+
+def test_slerp_takes_exactly_two_inputs() -> None:
+    with pytest.raises(ValueError, match=r"merges\.m: slerp takes exactly 2 inputs, here are 3"):
+        get_method("slerp").check_inputs(None, ("a", "b", "c"), "merges.m")
+
+
+def test_task_vectors_need_a_base_that_is_no_input() -> None:
+    with pytest.raises(ValueError, match="needs a base"):
+        get_method("ties").check_inputs(None, ("a",), "here")
+    with pytest.raises(ValueError, match="'a' is the base and an input"):
+        get_method("ties").check_inputs("a", ("a", "b"), "here")
+
+
+@pytest.mark.parametrize("value", [True, "0.3", None, float("nan"), float("inf")])
+def test_a_number_is_a_finite_number(value: object) -> None:
+    with pytest.raises(ValueError, match=r"place: .* is not a finite number"):
+        Parameter("x", "shared", "").check(value, "place")
+
+
+def test_values_outside_the_bounds_are_refused_with_the_bounds() -> None:
+    with pytest.raises(ValueError, match=r"place: 1.5 lies outside \[0, 1\]"):
+        Parameter("x", "shared", "", low=0, high=1).check(1.5, "place")
+    with pytest.raises(ValueError, match=r"place: -1 lies outside \[0, inf\)"):
+        Parameter("x", "shared", "", low=0).check(-1, "place")
+
+
+def test_words_and_switches_are_checked() -> None:
+    with pytest.raises(ValueError, match="neither true nor false"):
+        Parameter("x", "shared", "", kind="bool").check(1, "place")
+    with pytest.raises(ValueError, match="'c' is not one of a, b"):
+        Parameter("x", "shared", "", kind="choice", choices=("a", "b")).check("c", "place")
+
+
+def test_negative_weights_are_allowed() -> None:
+    for method in all_methods().values():
+        for parameter in method.parameters:
+            if parameter.name == "weight":
+                parameter.check(-0.2, "weight")
+
+
+def test_the_table_is_plain_data() -> None:
+    table = methods_table()
+    assert json.loads(json.dumps(table)) == table
+    entries = {entry["name"]: entry for entry in table}
+    (weight, density, scale) = entries["ties"]["parameters"]
+    assert (weight["scope"], weight["default"]) == ("expert", 1.0)
+    assert (density["scope"], density["default"], density["low"], density["high"]) == (
+        "expert",
+        0.2,
+        0.0,
+        1.0,
+    )
+    assert (scale["name"], scale["scope"], scale["default"]) == ("lambda", "shared", 1.0)
+    assert entries["linear"]["parameters"][0]["required"]
+    assert entries["slerp"]["inputs"] == {"least": 2, "most": 2}
+
+
+def test_the_description_names_every_parameter() -> None:
+    text = describe_methods("dare_ties")
+    assert all(word in text for word in ("dare_ties", "weight", "density", "lambda", "2311.03099"))
+    with pytest.raises(ValueError, match="unknown merge method"):
+        describe_methods("nothing")
+
+
+def test_importing_the_registry_brings_all_methods_and_no_transformers() -> None:
+    code = (
+        "import sys; from evomerge.methods.registry import all_methods; "
+        "print(len(all_methods()), 'transformers' in sys.modules, 'ray' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["6", "False", "False"]

@@ -1,0 +1,102 @@
+"""Tiny random checkpoints for tests: real Hugging Face folders, made in milliseconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+KINDS = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
+VOCAB = 259
+
+
+def make_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """Write a byte-level tokenizer of 259 tokens: 256 bytes, <s>, </s> and <pad>."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate(["<s>", "</s>", "<pad>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token=None))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    fast.save_pretrained(folder)
+    return fast
+
+
+def make_model(
+    folder: Path,
+    seed: int = 0,
+    *,
+    base: Path | None = None,
+    noise: float = 0.02,
+    kind: str = "llama",
+    tied: bool = False,
+    dtype: torch.dtype = torch.float32,
+    hidden: int = 32,
+    layers: int = 4,
+    max_shard_size: str = "5GB",
+    tokenizer: bool = True,
+    **config: Any,
+) -> Path:
+    """Write a tiny random model; with `base`, that model plus seeded noise (an "expert")."""
+    config_class, model_class = KINDS[kind]
+    generator = torch.Generator().manual_seed(seed)
+    settings = config_class(
+        vocab_size=VOCAB,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=tied,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+        **({"head_dim": hidden // 4} if kind == "qwen3" else {}),
+        **config,
+    )
+    if base is None:
+        model = model_class(settings)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                spread = torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(1 + 0.1 * spread if parameter.dim() == 1 else 0.15 * spread)
+    else:
+        model = model_class.from_pretrained(base, dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(noise * torch.randn(parameter.shape, generator=generator))
+    model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
+    if tokenizer:
+        make_tokenizer(folder)
+    return folder
+
+
+def make_family(folder: Path, **options: Any) -> dict[str, Path]:
+    """Write a base and three experts: ``base``, ``a``, ``b``, ``c``."""
+    base = make_model(folder / "base", seed=1, **options)
+    paths = {"base": base}
+    for i, name in enumerate("abc"):
+        paths[name] = make_model(folder / name, seed=10 + i, base=base, **options)
+    return paths
