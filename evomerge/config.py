@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,24 +12,31 @@ from pydantic import Field, field_validator, model_validator
 from evomerge.checkpoints.names import ROLES, Role
 from evomerge.errors import UserError, nearest
 from evomerge.methods.registry import get_method
-from evomerge.recipe import resolve_source
-from evomerge.schema import Frozen, dump_yaml, parse_yaml, read_yaml, validate
+from evomerge.recipe import expand_home, resolve_source
+from evomerge.schema import Frozen, Number, Whole, dump_yaml, parse_yaml, read_yaml, shown, validate
 
 Auto = Literal["auto"]
-Positive = Annotated[int, Field(gt=0)]
+Positive = Annotated[Whole, Field(gt=0)]
+
+RESERVED = ("base", "initial", "uniform", "merge", "expert", "shared")
+"""Names that an expert cannot have: those of baselines and merges, and the words of `per`."""
 
 
 class ModelRef(Frozen):
     """A checkpoint: a folder or hub id, optionally at a revision or with a LoRA adapter."""
 
-    path: str
+    path: Annotated[str, Field(min_length=1)]
     revision: str | None = None
-    adapter: str | None = None
+    adapter: Annotated[str, Field(min_length=1)] | None = None
     trust_remote_code: bool = False
 
     @model_validator(mode="before")
     @classmethod
     def _from_text(cls, data: Any) -> Any:
+        if not isinstance(data, str | dict | ModelRef):
+            raise ValueError(
+                f"{shown(data)} is not accepted: give a folder, a hub id or {{path: ..., revision: ...}}"
+            )
         return {"path": data} if isinstance(data, str) else data
 
 
@@ -45,8 +53,12 @@ class Models(Frozen):
             return data
         named: dict[str, Any] = {}
         for entry in data:
-            path = entry.get("path", "") if isinstance(entry, dict) else str(entry)
-            name = Path(path).name
+            path = entry.get("path") if isinstance(entry, dict) else entry
+            name = Path(path).name if isinstance(path, str) else ""
+            if name in ("", ".."):
+                raise ValueError(
+                    f"{shown(entry)} gives the expert no name; write a mapping of names to models"
+                )
             if name in named:
                 raise ValueError(f"two experts are called '{name}'; write a mapping of names to models")
             named[name] = entry
@@ -56,7 +68,7 @@ class Models(Frozen):
     @classmethod
     def _reserved(cls, experts: dict[str, ModelRef]) -> dict[str, ModelRef]:
         for name in experts:
-            if name in ("base", "initial", "uniform", "merge"):
+            if name in RESERVED:
                 raise ValueError(f"'{name}' is a reserved name; call the expert something else")
         return experts
 
@@ -70,7 +82,7 @@ class Groups(Frozen):
 class Smooth(Frozen):
     """b control values at equal depths, linear in between."""
 
-    smooth: Annotated[int, Field(ge=2)]
+    smooth: Annotated[Whole, Field(ge=2)]
 
 
 Depth = Literal["global", "layers"] | Groups | Smooth
@@ -87,7 +99,7 @@ class ParameterSpec(Frozen):
     """
 
     value: bool | float | str | None = None
-    range: tuple[float, float] | None = None
+    range: tuple[Number, Number] | None = None
     choices: tuple[bool | float | str, ...] | None = None
     initial: bool | float | str | None = None
     log: bool = False
@@ -106,48 +118,70 @@ class ParameterSpec(Frozen):
     @classmethod
     def _known_roles(cls, roles: Any) -> Any:
         if isinstance(roles, str) and roles != "all":
-            raise ValueError(f"'{roles}' is not accepted: write 'all' or a list of roles, e.g. [attention, mlp, other]")
+            raise ValueError(
+                f"'{roles}' is not accepted: give all, or a list of roles, e.g. [attention, mlp, other]"
+            )
         for role in roles if isinstance(roles, list | tuple) else []:
             if role not in ROLES:
-                raise ValueError(f"unknown role '{role}'{nearest(str(role), ROLES)}; roles: {', '.join(ROLES)}")
+                raise ValueError(
+                    f"unknown role '{role}'{nearest(str(role), ROLES)}; roles: {', '.join(ROLES)}"
+                )
         return roles
+
+    @field_validator("range", mode="before")
+    @classmethod
+    def _two_ends(cls, ends: Any) -> Any:
+        if ends is not None and not (isinstance(ends, list | tuple) and len(ends) == 2):
+            raise ValueError(f"{shown(ends)} is not accepted: give two numbers, [low, high]")
+        return ends
 
     @field_validator("depth", mode="before")
     @classmethod
     def _known_depth(cls, depth: Any) -> Any:
-        if isinstance(depth, str) and depth not in ("global", "layers"):
-            raise ValueError(
-                f"unknown depth '{depth}': write global, layers, {{groups: n}} or {{smooth: b}} with b >= 2"
-            )
-        if isinstance(depth, dict):
+        if isinstance(depth, dict) and len(depth) == 1 and not depth.keys().isdisjoint(("groups", "smooth")):
             return Groups(**depth) if "groups" in depth else Smooth(**depth)
+        if depth not in ("global", "layers") and not isinstance(depth, Groups | Smooth):
+            raise ValueError(
+                f"{shown(depth)} is not accepted: give global, layers, {{groups: n}} with n >= 1, "
+                "or {smooth: b} with b >= 2"
+            )
         return depth
 
     @model_validator(mode="after")
     def _one_kind(self) -> ParameterSpec:
         given = [k for k in ("value", "range", "choices") if getattr(self, k) is not None]
-        if len(given) != 1:
-            raise ValueError("give one of: a plain value, range: [low, high], choices: [...]")
+        if not given:
+            raise ValueError(
+                "nothing is given; write a plain value, {range: [low, high]} or {choices: [...]}"
+            )
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} exclude each other; give one of them")
         if self.range is not None:
-            low, high = self.range
-            if not low < high:
-                raise ValueError(f"range [{low}, {high}] is empty: the first number must be the smaller")
-            if self.log and low <= 0:
-                raise ValueError(f"a log range must start above 0, not at {low}")
-            if isinstance(self.initial, bool | str) or (
-                self.initial is not None and not low <= self.initial <= high
-            ):
-                raise ValueError(f"initial {self.initial!r} lies outside the range [{low}, {high}]")
+            self._check_range(*self.range)
         elif self.log or self.integer:
-            raise ValueError("log and integer need a range")
+            raise ValueError(f"{'log' if self.log else 'integer'}: needs a range")
         if self.choices is not None:
-            if len(self.choices) < 2:
-                raise ValueError("choices needs at least two values")
+            if len(set(self.choices)) < max(2, len(self.choices)):
+                raise ValueError(
+                    f"choices: {shown(self.choices)} is not accepted: give two or more different values"
+                )
             if self.initial is not None and self.initial not in self.choices:
-                raise ValueError(f"initial {self.initial!r} is not among the choices")
+                raise ValueError(
+                    f"initial: {shown(self.initial)} is not one of the choices {shown(self.choices)}"
+                )
         if self.value is not None and self.initial is not None:
-            raise ValueError("a fixed value needs no initial")
+            raise ValueError("initial: a fixed value has none; leave it out")
         return self
+
+    def _check_range(self, low: float, high: float) -> None:
+        ends = shown([low, high])
+        if not low < high:
+            raise ValueError(f"range: {ends} is empty; the first number must be the smaller one")
+        if self.log and low <= 0:
+            raise ValueError(f"range: {ends} is not accepted: with log it must start above 0")
+        start = low if self.initial is None else self.initial
+        if isinstance(start, bool | str) or not low <= start <= high:
+            raise ValueError(f"initial: {shown(start)} lies outside the range {ends}")
 
     @property
     def searched(self) -> bool:
@@ -170,23 +204,38 @@ class Space(Frozen):
             return data
         return {name: value if isinstance(value, list | tuple) else [value] for name, value in data.items()}
 
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, name: str) -> str:
+        return get_method(name).name
+
     @model_validator(mode="after")
     def _fits_method(self) -> Space:
         method = get_method(self.method)
         known = {parameter.name: parameter for parameter in method.parameters}
         if self.dialect not in method.dialects:
-            raise ValueError(f"dialect: {method.name} has only {', '.join(method.dialects)}")
+            raise ValueError(
+                f"dialect: {method.name} has no dialect {self.dialect} (known: {', '.join(method.dialects)})"
+            )
         for name, specs in self.parameters.items():
+            if not specs:
+                raise ValueError(
+                    f"parameters.{name}: is empty; write a plain value or {{range: [low, high]}}"
+                )
             if name not in known:
                 hint = nearest(name, known) or f" (known: {', '.join(known)})"
                 raise ValueError(f"parameters: {method.name} has no parameter '{name}'{hint}")
             for spec in specs:
-                values = [spec.value, *(spec.range or ()), *(spec.choices or ()), spec.initial]
-                for value in values:
-                    if value is not None:
-                        known[name].check(value, f"parameters.{name}")
+                for key in ("value", "range", "choices"):
+                    given = getattr(spec, key)
+                    place = f"parameters.{name}" if key == "value" else f"parameters.{name}.{key}"
+                    for value in given if isinstance(given, tuple) else () if given is None else (given,):
+                        known[name].check(value, place)
                 if spec.per not in (None, "shared") and known[name].scope == "shared":
-                    raise ValueError(f"parameters.{name}.per: {method.name} has one {name} for all inputs")
+                    raise ValueError(
+                        f"parameters.{name}.per: '{spec.per}' is not accepted: "
+                        f"{method.name} has one {name} for all inputs"
+                    )
         return self
 
 
@@ -194,7 +243,7 @@ class OptimizerConfig(Frozen):
     """The optimiser. `sigma` (cma) is the first step's standard deviation in [0, 1] of each range."""
 
     type: Literal["cma", "tpe", "random"] = "cma"
-    sigma: Annotated[float, Field(gt=0, le=1)] = 0.2
+    sigma: Annotated[Number, Field(gt=0, le=1)] = 0.2
     population: Auto | Positive = "auto"
 
 
@@ -203,27 +252,30 @@ class Budget(Frozen):
 
     candidates: Positive | None = None
     item_evaluations: Positive | None = None
-    hours: Annotated[float, Field(gt=0)] | None = None
+    hours: Annotated[Number, Field(gt=0)] | None = None
 
     @model_validator(mode="after")
     def _some(self) -> Budget:
         if self.candidates is None and self.item_evaluations is None and self.hours is None:
-            raise ValueError("give at least one of: candidates, item_evaluations, hours")
+            raise ValueError("is empty; give at least one of candidates, item_evaluations, hours")
         return self
 
 
 class SplitFractions(Frozen):
     """Shares of one data split, assigned by hash of each item's group."""
 
-    search: Annotated[float, Field(gt=0, lt=1)] = 0.6
-    validation: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    test: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    search: Annotated[Number, Field(gt=0, lt=1)] = 0.6
+    validation: Annotated[Number, Field(gt=0, lt=1)] = 0.2
+    test: Annotated[Number, Field(gt=0, lt=1)] = 0.2
 
     @model_validator(mode="after")
     def _sum(self) -> SplitFractions:
         total = self.search + self.validation + self.test
         if abs(total - 1) > 1e-6:
-            raise ValueError(f"the three shares add up to {total:g}, not to 1")
+            raise ValueError(
+                f"search {self.search:g}, validation {self.validation:g} and test {self.test:g} "
+                f"add up to {total:g}, not to 1"
+            )
         return self
 
 
@@ -243,11 +295,19 @@ class Splits(Frozen):
     def _one_form(self) -> Splits:
         named = [self.search, self.validation, self.test]
         if self.from_ is None:
-            if None in named:
-                raise ValueError("name the data splits for search, validation and test, or give 'from'")
+            for key, name in zip(("search", "validation", "test"), named, strict=True):
+                if name is None:
+                    raise ValueError(f"'{key}' is missing; name three data splits, or give 'from' to cut one")
             if len(set(named)) < 3:
-                raise ValueError("search, validation and test must be three different data splits; else give 'from'")
-        elif any(named):
+                raise ValueError(
+                    f"{shown(named)} is not accepted: search, validation and test must be three different data splits; "
+                    "give 'from' to cut one"
+                )
+            if self.fractions != SplitFractions():
+                raise ValueError(
+                    "fractions: they cut the data split that 'from' names; give 'from', or leave them out"
+                )
+        elif any(name is not None for name in named):
             raise ValueError("'from' takes the place of search, validation and test; give one or the other")
         return self
 
@@ -257,16 +317,20 @@ class TaskSpec(Frozen):
 
     task: str
     metric: str = "auto"
-    weight: Annotated[float, Field(gt=0)] = 1.0
+    weight: Annotated[Number, Field(gt=0)] = 1.0
     splits: Splits | None = None
     group: str | None = None
     limit: Positive | None = None
-    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    num_fewshot: Annotated[Whole, Field(ge=0)] | None = None
     gen_kwargs: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="before")
     @classmethod
     def _from_text(cls, data: Any) -> Any:
+        if not isinstance(data, str | dict | TaskSpec):
+            raise ValueError(
+                f"{shown(data)} is not accepted: give a task's name or {{task: ..., metric: ...}}"
+            )
         return {"task": data} if isinstance(data, str) else data
 
 
@@ -321,8 +385,8 @@ class Workers(Frozen):
 
     type: Literal["ray", "local"] = "ray"
     count: Auto | Positive = "auto"
-    cpus: Annotated[float, Field(gt=0)] = 1
-    gpus: Auto | Annotated[float, Field(ge=0)] = "auto"
+    cpus: Annotated[Number, Field(gt=0)] = 1
+    gpus: Auto | Annotated[Number, Field(ge=0)] = "auto"
     address: str | None = None
 
 
@@ -330,7 +394,7 @@ class Config(Frozen):
     """A complete search."""
 
     version: Literal[1] = 1
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "search"
+    name: str = "search"
     models: Models
     space: Space
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -340,7 +404,17 @@ class Config(Frozen):
     engine: Engine = Engine()
     output: OutputConfig = OutputConfig()
     workers: Workers = Workers()
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[Whole, Field(ge=0)] = 0
+
+    @field_validator("name")
+    @classmethod
+    def _name_of_a_folder(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            raise ValueError(
+                f"'{name}' is not accepted: it names the run's folder; use letters, digits, '.', '_' and '-', "
+                "and begin with a letter or digit"
+            )
+        return name
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
@@ -380,7 +454,8 @@ class Config(Frozen):
     def uses_hub(self) -> bool:
         """Whether a model is named by hub id, so that the network may be needed."""
         refs = [self.models.base, *self.models.experts.values()]
-        return any(not Path(ref.path).is_absolute() for ref in refs)
+        places = [place for ref in refs for place in (ref.path, ref.adapter) if place is not None]
+        return any(not Path(place).is_absolute() for place in places)
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
@@ -399,10 +474,15 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
 
 def parse_config(data: dict[str, Any], file: Path, overrides: Sequence[str] = ()) -> Config:
     """Validate plain data as a config that was read from `file`."""
+    data = _copy(data)
     for override in overrides:
         _override(data, override)
     if "version" not in data:
         raise UserError(f"{file}: version: this key is required; write 'version: 1' as the first line")
+    if data["version"] != 1:
+        raise UserError(
+            f"{file}: version: {shown(data['version'])} is not known; this evomerge reads version 1"
+        )
     config = validate(Config, data, file)
     return _absolute(config, file.parent)
 
@@ -411,21 +491,38 @@ def _override(data: dict[str, Any], text: str) -> None:
     key, separator, value = text.partition("=")
     if not separator or not key:
         raise UserError(f"--set {text}: write it as key=value, e.g. --set budget.candidates=100")
-    *parents, last = key.split(".")
     node: Any = data
-    for i, parent in enumerate(parents):
-        if isinstance(node, list) and parent.isdigit() and int(parent) < len(node):
-            node = node[int(parent)]
+    parts, done = key.split("."), ""
+    while parts:
+        if isinstance(node, list):
+            part, parts = parts[0], parts[1:]
+            if not part.isdigit() or int(part) >= len(node):
+                raise UserError(
+                    f"--set {text}: '{done}' is a list of {len(node)}; '{part}' is not the number of an entry "
+                    f"(0 to {len(node) - 1})"
+                )
+            place: int | str = int(part)
         elif isinstance(node, dict):
-            node = node.setdefault(parent, {})
+            # Names may hold dots themselves: the longest one that exists is meant.
+            length = next((n for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in node), 1)
+            part, parts = ".".join(parts[:length]), parts[length:]
+            place = part
         else:
-            raise UserError(f"--set {text}: '{'.'.join(parents[: i + 1])}' does not exist in the config")
-    if isinstance(node, list) and last.isdigit() and int(last) < len(node):
-        node[int(last)] = parse_yaml(value, f"--set {text}")
-    elif isinstance(node, dict):
-        node[last] = parse_yaml(value, f"--set {text}")
-    else:
-        raise UserError(f"--set {text}: '{'.'.join(parents)}' holds a plain value, it has no key '{last}'")
+            raise UserError(
+                f"--set {text}: '{done}' is the plain value {shown(node)}, it has no key '{parts[0]}'"
+            )
+        if not parts:
+            node[place] = parse_yaml(value, f"--set {text}")
+        elif isinstance(node, dict) and node.get(place) is None:
+            node[place] = {}
+        node, done = node[place], f"{done}.{part}" if done else part
+
+
+def _copy(data: Any) -> Any:
+    """Copy plain data, so that what a YAML alias shares can be changed in one place."""
+    if isinstance(data, dict):
+        return {key: _copy(value) for key, value in data.items()}
+    return [_copy(value) for value in data] if isinstance(data, list) else data
 
 
 def _absolute(config: Config, folder: Path) -> Config:
@@ -441,6 +538,6 @@ def _absolute(config: Config, folder: Path) -> Config:
         base=place(config.models.base),
         experts={name: place(ref) for name, ref in config.models.experts.items()},
     )
-    include = tuple(str((folder / Path(entry).expanduser()).resolve()) for entry in config.suite.include)
+    include = tuple(str((folder / expand_home(entry)).resolve()) for entry in config.suite.include)
     suite = config.suite.model_copy(update={"include": include})
     return config.model_copy(update={"models": models, "suite": suite})

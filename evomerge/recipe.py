@@ -5,17 +5,17 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from evomerge.checkpoints.names import ROLES, Position, Role, TensorName
 from evomerge.errors import UserError, nearest
-from evomerge.methods.registry import get_method
-from evomerge.schema import Frozen, dump_yaml, read_yaml, validate
+from evomerge.methods.registry import MergeMethod, Parameter, get_method
+from evomerge.schema import Frozen, Number, Whole, dump_yaml, read_yaml, shown, validate
 
 Scalar = bool | float | str
 Value = Scalar | dict[str, Scalar]
@@ -31,7 +31,7 @@ class Source(Frozen):
     the folder is called and however it is sharded.
     """
 
-    source: str
+    source: str = Field(min_length=1)
     revision: str | None = None
     adapter: str | None = None
     sha256: str | None = None
@@ -39,6 +39,10 @@ class Source(Frozen):
     @model_validator(mode="before")
     @classmethod
     def _from_text(cls, data: Any) -> Any:
+        if not isinstance(data, str | dict | Source):
+            raise ValueError(
+                f"{shown(data)} is not accepted: give a folder, a hub id or {{source: ..., sha256: ...}}"
+            )
         return {"source": data} if isinstance(data, str) else data
 
 
@@ -57,12 +61,28 @@ class Rule(Frozen):
     method: str | None = None
     parameters: dict[str, Value] = Field(default_factory=dict)
 
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _known_layers(cls, layers: Any) -> Any:
+        for layer in layers if isinstance(layers, list | tuple) else []:
+            whole = isinstance(layer, int) and not isinstance(layer, bool)
+            if layer not in ("pre", "post") and not (whole and layer >= 0):
+                raise ValueError(f"{shown(layer)} is not accepted: give layer numbers from 0, pre or post")
+        return layers
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, name: str | None) -> str | None:
+        return None if name is None else get_method(name).name
+
     @field_validator("roles", mode="before")
     @classmethod
     def _known_roles(cls, roles: Any) -> Any:
         for role in roles if isinstance(roles, list | tuple) else []:
             if role not in ROLES:
-                raise ValueError(f"unknown role '{role}'{nearest(str(role), ROLES)}; roles: {', '.join(ROLES)}")
+                raise ValueError(
+                    f"unknown role '{role}'{nearest(str(role), ROLES)}; roles: {', '.join(ROLES)}"
+                )
         return roles
 
     def matches(self, tensor: TensorName) -> bool:
@@ -88,13 +108,19 @@ class Merge(Frozen):
     parameters: dict[str, Value] = Field(default_factory=dict)
     rules: tuple[Rule, ...] = ()
 
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, name: str) -> str:
+        return get_method(name).name
+
     def resolve(self, tensor: TensorName) -> tuple[str, dict[str, Value]]:
         """Return the method's name and every parameter's value for one tensor, defaults included."""
         rules = [rule for rule in self.rules if rule.matches(tensor)]
         method = next((rule.method for rule in rules if rule.method), self.method)
+        sources: list[Mapping[str, Value]] = [rule.parameters for rule in rules]
         values: dict[str, Value] = {}
-        for layer in (*(rule.parameters for rule in rules), self.parameters, get_method(method).defaults()):
-            for name, value in layer.items():
+        for source in (*sources, self.parameters, get_method(method).defaults()):
+            for name, value in source.items():
                 values.setdefault(name, value)
         known = {parameter.name for parameter in get_method(method).parameters}
         return method, {name: value for name, value in values.items() if name in known}
@@ -110,15 +136,16 @@ class Hop(Frozen):
 
     model: str | None = None
     merge: str | None = None
-    layer: int = Field(ge=0)
-    scale: float = 1.0
+    layer: Whole = Field(ge=0)
+    scale: Number = 1.0
 
     @model_validator(mode="after")
     def _one_source(self) -> Hop:
         if (self.model is None) == (self.merge is None):
-            raise ValueError("a hop names either a 'model' or a 'merge'")
+            given = "both" if self.model is not None else "neither"
+            raise ValueError(f"a hop names either a 'model' or a 'merge', this one {given}")
         if self.scale == 0:
-            raise ValueError("scale 0 wipes out the residual stream; give a number other than 0")
+            raise ValueError("scale: 0 wipes out the residual stream; give another number")
         return self
 
 
@@ -142,24 +169,29 @@ class Recipe(Frozen):
     merges: dict[str, Merge] = Field(default_factory=dict)
     path: tuple[Hop, ...] | None = None
     output: Output = Output()
-    seed: int = 0
+    seed: Whole = 0
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         for name, merge in self.merges.items():
             if name in self.models:
-                raise ValueError(f"'{name}' names both a model and a merge; rename one")
+                raise ValueError(f"merges.{name}: a model is called '{name}' too; rename one")
             self._check_merge(name, merge)
         if self.path is not None:
             if not self.path:
-                raise ValueError("path is empty; leave it out for all layers in order")
-            for hop in self.path:
-                known, ref = (self.models, hop.model) if hop.model else (self.merges, hop.merge)
+                raise ValueError("path: is empty; leave it out for all layers in order")
+            for i, hop in enumerate(self.path):
+                kind, known, ref = (
+                    ("model", self.models, hop.model)
+                    if hop.merge is None
+                    else ("merge", self.merges, hop.merge)
+                )
                 if ref not in known:
-                    kind = "model" if hop.model else "merge"
-                    raise ValueError(f"path names the {kind} '{ref}', which is not listed{nearest(str(ref), known)}")
+                    raise ValueError(
+                        f"path.{i}.{kind}: no {kind} is called '{ref}'{nearest(str(ref), known)}"
+                    )
         elif len(self.merges) != 1:
-            raise ValueError(f"without a path there must be exactly one merge, here are {len(self.merges)}")
+            raise ValueError(f"merges: without a path there is exactly one, here are {len(self.merges)}")
         for key, ref in (("tokenizer", self.output.tokenizer), ("chat_template", self.output.chat_template)):
             if ref is not None and ref not in self.models:
                 raise ValueError(f"output.{key}: no model is called '{ref}'{nearest(ref, self.models)}")
@@ -167,9 +199,9 @@ class Recipe(Frozen):
 
     def _check_merge(self, name: str, merge: Merge) -> None:
         where = f"merges.{name}"
-        for ref in (*merge.inputs, *([merge.base] if merge.base else [])):
-            if ref not in self.models:
-                raise ValueError(f"{where}: no model is called '{ref}'{nearest(ref, self.models)}")
+        for key, ref in (*(("inputs", ref) for ref in merge.inputs), ("base", merge.base)):
+            if ref is not None and ref not in self.models:
+                raise ValueError(f"{where}.{key}: no model is called '{ref}'{nearest(ref, self.models)}")
         if len(set(merge.inputs)) < len(merge.inputs):
             raise ValueError(f"{where}.inputs: a model is listed twice")
         methods = {method: get_method(method) for method in merge.methods}
@@ -180,28 +212,27 @@ class Recipe(Frozen):
                     f"{where}.dialect: {method.name} has no dialect '{merge.dialect}' "
                     f"(known: {', '.join(method.dialects)})"
                 )
-        known = {parameter.name: parameter for method in methods.values() for parameter in method.parameters}
-        for place, parameters in (
+        declared: dict[str, list[Parameter]] = {}
+        for method in methods.values():
+            for parameter in method.parameters:
+                declared.setdefault(parameter.name, []).append(parameter)
+        for place, values in (
             (f"{where}.parameters", merge.parameters),
             *((f"{where}.rules.{i}.parameters", rule.parameters) for i, rule in enumerate(merge.rules)),
         ):
-            for key, value in parameters.items():
-                if key not in known:
-                    raise ValueError(
-                        f"{place}: {merge.method} has no parameter '{key}'{nearest(key, known)}"
-                        f" (known: {', '.join(known)})"
-                    )
-                if isinstance(value, dict):
-                    for ref in value:
-                        if ref not in merge.inputs:
-                            raise ValueError(f"{place}.{key}: '{ref}' is not an input of the merge")
-                    if known[key].scope != "expert":
-                        raise ValueError(f"{place}.{key}: has one value for all inputs, not one each")
-                for item in value.values() if isinstance(value, dict) else [value]:
-                    known[key].check(item, f"{place}.{key}")
-        for key, parameter in known.items():
-            if parameter.default is None and not self._always_set(merge, key):
-                raise ValueError(f"{where}.parameters: {merge.method} needs a value for '{key}' for every input")
+            for key, value in values.items():
+                if key not in declared:
+                    hint = nearest(key, declared) or f" (known: {', '.join(declared)})"
+                    raise ValueError(f"{place}: {' and '.join(methods)} has no parameter '{key}'{hint}")
+                for parameter in declared[key]:
+                    _check_value(parameter, value, merge.inputs, f"{place}.{key}")
+        for key, parameters in declared.items():
+            if any(parameter.default is None for parameter in parameters) and not self._always_set(
+                merge, key
+            ):
+                raise ValueError(
+                    f"{where}.parameters: {merge.method} needs a value for '{key}' for every input"
+                )
 
     @staticmethod
     def _always_set(merge: Merge, key: str) -> bool:
@@ -223,15 +254,19 @@ class Recipe(Frozen):
             if source.sha256 is None:
                 raise ValueError(f"models.{name}: the content hash is not known yet; pin the recipe first")
             digests[name] = source.sha256 + (f"+{source.adapter}" if source.adapter else "")
-        merges = {name: _canonical_merge(merge, digests) for name, merge in self.merges.items()}
+        if self.path is None:
+            used = set(self.merges)
+        else:
+            used = {hop.merge for hop in self.path if hop.merge is not None}
+        merges = {name: _canonical_merge(self.merges[name], digests) for name in used}
         if self.path is None:
             body: Any = next(iter(merges.values()))
         else:
             body = [
-                [digests[hop.model] if hop.model else merges[str(hop.merge)], hop.layer, float(hop.scale)]
+                [merges[hop.merge] if hop.merge else digests[str(hop.model)], hop.layer, float(hop.scale)]
                 for hop in self.path
             ]
-        random = any(get_method(m).random for merge in self.merges.values() for m in merge.methods)
+        random = any(get_method(method).random for name in used for method in self.merges[name].methods)
         canonical = {
             "evomerge": 1,
             "body": body,
@@ -241,6 +276,12 @@ class Recipe(Frozen):
             "seed": self.seed if random else None,
         }
         return hashlib.sha256(json.dumps(canonical, sort_keys=True).encode()).hexdigest()
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Return a copy with changed fields, which has a hash of its own."""
+        copy = super().model_copy(update=update, deep=deep)
+        copy.__dict__.pop("hash", None)
+        return copy
 
     def pinned(self, hashes: Mapping[str, str]) -> Recipe:
         """Return the recipe with the content hash of every model filled in."""
@@ -271,64 +312,95 @@ def load_recipe(path: Path) -> Recipe:
     if data["evomerge"] != 1:
         raise UserError(f"{path}: evomerge: version {data['evomerge']!r} is not known; this is version 1")
     recipe = Recipe.from_dict(data, path)
-    models = {
-        name: source.model_copy(update={"source": resolve_source(source.source, path.parent)})
-        for name, source in recipe.models.items()
-    }
-    return recipe.model_copy(update={"models": models})
+    folder = path.parent.resolve()
+
+    def place(source: Source) -> Source:
+        adapter = None if source.adapter is None else resolve_source(source.adapter, folder)
+        return source.model_copy(update={"source": resolve_source(source.source, folder), "adapter": adapter})
+
+    return recipe.model_copy(
+        update={"models": {name: place(source) for name, source in recipe.models.items()}}
+    )
 
 
 def resolve_source(text: str, folder: Path) -> str:
     """Resolve a model's name: paths relative to `folder`, an existing folder beside it, else a hub id."""
     if text.startswith("~"):
-        return str(Path(text).expanduser())
+        return str(expand_home(text))
     if text.startswith((".", "/")):
         return str((folder / text).resolve())
     beside = folder / text
     return str(beside.resolve()) if beside.is_dir() else text
 
 
+def expand_home(text: str) -> Path:
+    """Return a path with a leading ``~`` or ``~user`` replaced."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise UserError(f"{text}: there is no such home folder; write the path out") from None
+
+
+def _check_value(parameter: Parameter, value: Value, inputs: Sequence[str], place: str) -> None:
+    if not isinstance(value, dict):
+        parameter.check(value, place)
+        return
+    if parameter.scope != "expert":
+        raise ValueError(f"{place}: has one value for all inputs, not one each")
+    if not value:
+        raise ValueError(f"{place}: is empty; give one value for all inputs, or one each by name")
+    for name, item in value.items():
+        if name not in inputs:
+            raise ValueError(f"{place}: '{name}' is not an input of the merge{nearest(name, inputs)}")
+        parameter.check(item, f"{place}.{name}")
+
+
 def _canonical_merge(merge: Merge, digests: Mapping[str, str]) -> dict[str, Any]:
-    method = get_method(merge.method)
-    parameters = {**method.defaults(), **merge.parameters}
+    methods = [get_method(name) for name in merge.methods]
+    needs_base = any(method.base != "unused" for method in methods)
     return {
         "method": merge.method,
-        "base": digests[merge.base] if merge.base and method.base != "unused" else None,
+        "base": digests[merge.base] if merge.base and needs_base else None,
         "inputs": [digests[name] for name in merge.inputs],
         "dialect": merge.dialect,
-        "parameters": _canonical_values(parameters, merge, digests),
+        "parameters": {method.name: _fallbacks(method, merge) for method in methods},
         "rules": [
             {
-                "layers": None if rule.layers is None else sorted(map(str, rule.layers)),
-                "roles": None if rule.roles is None else sorted(rule.roles),
+                "layers": None if rule.layers is None else sorted(set(map(str, rule.layers))),
+                "roles": None if rule.roles is None else sorted(set(rule.roles)),
                 "tensors": rule.tensors,
                 "method": rule.method,
-                "parameters": _canonical_values(rule.parameters, merge, digests),
+                "parameters": {name: _plain(value, merge.inputs) for name, value in rule.parameters.items()},
             }
             for rule in merge.rules
         ],
     }
 
 
-def _canonical_values(values: Mapping[str, Value], merge: Merge, digests: Mapping[str, str]) -> Any:
-    """Write each value once per input where all inputs have one, numbers as floats, inputs by content."""
-    canonical: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            named = {digests[ref]: _plain(item) for ref, item in value.items()}
-            same = len(set(named.values())) == 1 and set(value) == set(merge.inputs)
-            canonical[name] = next(iter(named.values())) if same else named
-        else:
-            canonical[name] = _plain(value)
-    return canonical
+def _fallbacks(method: MergeMethod, merge: Merge) -> dict[str, Any]:
+    """Return the value of each of a method's parameters where no rule sets it."""
+    values: dict[str, Any] = {}
+    for parameter in method.parameters:
+        value = merge.parameters.get(parameter.name, parameter.default)
+        if value is not None:
+            values[parameter.name] = _plain(value, merge.inputs, parameter.default)
+    return values
 
 
-def _plain(value: Scalar) -> Scalar:
-    return value if isinstance(value, bool | str) else float(value)
+def _plain(value: Value, inputs: Sequence[str], gap: Scalar | None = None) -> Any:
+    """Return numbers as floats, and values by name as one for each input in order, or one where all agree."""
+    if not isinstance(value, dict):
+        return value if isinstance(value, bool | str) else float(value)
+    each = [value.get(name, gap) for name in inputs]
+    each = [item if isinstance(item, bool | str | None) else float(item) for item in each]
+    return each[0] if all(item == each[0] for item in each) else each
 
 
 def _tidy(data: dict[str, Any]) -> dict[str, Any]:
     """Drop empty containers and default scales, which only lengthen the file."""
+    for hop in data.get("path", []):
+        if hop["scale"] == 1:
+            del hop["scale"]
     for merge in data.get("merges", {}).values():
         for rule in merge.get("rules", []):
             if not rule.get("parameters"):

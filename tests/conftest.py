@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import os
+import tempfile
+from pathlib import Path
+
 from evomerge.environment import prepare
 
 prepare()
-
-from pathlib import Path  # noqa: E402
+os.environ["EVOMERGE_CACHE"] = tempfile.mkdtemp(prefix="evomerge-test-cache-")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -86,6 +86,8 @@ def _local_files(kwargs: Mapping[str, Any], file: Path) -> list[Path]:
         )
         if not found or not all(path.is_file() for path in found):
             raise UserError(f"{place}: no such file (it is relative to the YAML)")
+        if not any(path.read_bytes().strip() for path in found):
+            raise UserError(f"{place}: this file holds no rows")
         paths += found
     return paths
 

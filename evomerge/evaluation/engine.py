@@ -63,6 +63,9 @@ class HFEngine:
         batch_tokens: token budget of one forward pass.
         max_length: longest input, in tokens; longer ones lose their beginning.
         device: where the model is.
+
+    Raises:
+        CandidateFailed: the model's logits are not finite, so that the trial says nothing.
     """
 
     def __init__(
@@ -211,7 +214,6 @@ class HFEngine:
             prompts,
             batch_tokens=self.batch_tokens,
             share_prefix=self._forks,
-            pad=self._pad,
             device=self.device,
         )
 
@@ -251,13 +253,6 @@ class HFEngine:
         """Return the last hidden states (B, L, D)."""
         hidden: Tensor = self.model.base_model(input_ids=ids_BL, use_cache=False, **inputs)[0]
         return hidden
-
-    @property
-    def _pad(self) -> int:
-        for token in (self.tokenizer.pad_token_id, self.tokenizer.unk_token_id, self.tokenizer.eos_token_id):
-            if token is not None:
-                return int(token)
-        return 0
 
     def _penalty(self) -> float:
         """Return the model's repetition penalty; refuse generation settings that would be ignored."""
@@ -345,6 +340,8 @@ class HFEngine:
         try:
             with torch.inference_mode():
                 return trial()
+        except CandidateFailed:
+            raise
         except Exception:
             return False
 
@@ -352,6 +349,8 @@ class HFEngine:
         """Whether logits are the output embedding of the base model's last hidden state, and no more."""
         ids = torch.arange(1, 6, device=self.device)[None]
         whole = self.model(ids, use_cache=False).logits
+        if not torch.isfinite(whole).all():
+            raise CandidateFailed("a logit is not finite")
         return bool(torch.equal(self.model.get_output_embeddings()(self._body(ids)), whole))
 
     def _tree_matches(self) -> bool:
@@ -375,8 +374,8 @@ class HFEngine:
             for pair in pairs
             for b in pack_scores([pair], tree=False, **options)
         ]
-        parameter = next(self.model.parameters())
-        tolerance = 64 * torch.finfo(parameter.dtype).eps * max(1.0, float(together.abs().max()))
+        # Far above rounding, far below what a wrong mask does.
+        tolerance = torch.finfo(self.model.dtype).eps ** 0.5 * max(1.0, float(together.abs().max()))
         return bool(torch.allclose(together, torch.cat(alone), rtol=0, atol=tolerance))
 
 

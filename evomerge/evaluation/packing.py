@@ -61,7 +61,8 @@ class GenerationBatch:
 
     Attributes:
         prefix: tokens that all prompts share and that are computed once; may be empty.
-        ids_BL: the rest of each prompt, padded left.
+        ids_BL: the rest of each prompt, padded left with its own first token: so padding adds nothing to
+            what a repetition penalty has seen.
         lengths: tokens of each rest.
         requests: the numbers of the requests.
     """
@@ -169,7 +170,7 @@ def _score_batch(rows: Sequence[_Row], device: torch.device) -> ScoreBatch:
 
 
 def pack_generations(
-    prompts: Sequence[Sequence[int]], *, batch_tokens: int, share_prefix: bool, pad: int, device: torch.device
+    prompts: Sequence[Sequence[int]], *, batch_tokens: int, share_prefix: bool, device: torch.device
 ) -> tuple[GenerationBatch, ...]:
     """Pack prompts (not empty) into batches of at most `batch_tokens` prompt tokens, longest first.
 
@@ -183,7 +184,7 @@ def pack_generations(
         shared = shared if shared >= SHORTEST_PREFIX else 0
         rests = [prompts[i][shared:] for i in group]
         L = max(map(len, rests))
-        ids = torch.tensor([[pad] * (L - len(rest)) + list(rest) for rest in rests], device=device)
+        ids = torch.tensor([[rest[0]] * (L - len(rest)) + list(rest) for rest in rests], device=device)
         lengths = tuple(map(len, rests))
         batches.append(GenerationBatch(tuple(prompts[group[0]][:shared]), ids, lengths, tuple(group)))
     return tuple(batches)

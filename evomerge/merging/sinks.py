@@ -62,10 +62,5 @@ class HashSink:
         return {name: value.hexdigest() for name, value in self._hashes.items()}
 
 
-def tensor_sha256(tensor: torch.Tensor) -> str:
-    """Return the sha256 of a tensor's bytes in row-major order, comparable with `HashSink.digests`."""
-    return hashlib.sha256(_raw(tensor.detach().cpu().contiguous().view(-1))).hexdigest()
-
-
 def _raw(flat: torch.Tensor) -> memoryview:
     return flat.cpu().view(torch.uint8).numpy().data

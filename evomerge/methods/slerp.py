@@ -31,8 +31,9 @@ def coefficients(products: Gram, values: Values) -> Sequence[float]:
     t: float = values["t"]
     xx, xd, dd = float(products[0, 0]), float(products[0, 1]), float(products[1, 1])
     xy, yy = xx + xd, xx + 2 * xd + dd
-    phi = math.pi / 2
-    if min(xx, yy) > 1e-16 * max(xx, yy):
+    if min(xx, yy) <= 1e-16 * max(xx, yy):
+        phi = math.pi / 2
+    else:
         phi = math.atan2(math.sqrt(max(xx * dd - xd * xd, 0.0)), xy)
     if abs(math.cos(phi)) > PARALLEL:
         return [1 - t, t]

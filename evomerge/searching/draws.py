@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from evomerge.evaluation.items import Block
@@ -31,13 +32,19 @@ def draw_blocks(blocks: Sequence[Block], count: int, *, generation: int, seed: i
 def block_sizes(
     *, search_items: int, tasks: int, block_items: int | str, items_per_candidate: int | str
 ) -> tuple[int, int]:
-    """Return (items per block, blocks per generation), with ``auto`` decided.
+    """Return (most items of a block, blocks per generation), with ``auto`` decided.
 
-    Auto: blocks of 32 items, but at least 4 of each task; 96 items a candidate, but at least 12 of each
-    task. Both are cut to what there is.
+    Auto: 96 items a candidate, but at least 12 of each task; blocks of 32 items, but at least 4 of each task.
+    Both are cut to what there is, and a block to what a candidate is to answer. The blocks of a split are cut
+    as `evomerge.evaluation.blocks.cut_blocks` does: as few as the limit allows, of equal size.
+
+    Args:
+        search_items: how many the search split has, 1 or more.
+        tasks: how many the suite has.
+        block_items, items_per_candidate: as in the config's suite.
     """
-    per_block = max(32, 4 * tasks) if block_items == "auto" else int(block_items)
-    per_block = min(per_block, search_items)
     wanted = max(96, 12 * tasks) if items_per_candidate == "auto" else int(items_per_candidate)
-    blocks = max(1, search_items // per_block)
-    return per_block, max(1, min(blocks, round(wanted / per_block)))
+    per_block = min(max(32, 4 * tasks), wanted) if block_items == "auto" else int(block_items)
+    per_block = min(per_block, search_items)
+    blocks = math.ceil(search_items / per_block)
+    return per_block, max(1, min(blocks, round(wanted * blocks / search_items)))

@@ -41,15 +41,21 @@ def create_run(folder: Path, config: Config, original: str) -> Store:
                 "or name another folder with --run"
             )
         raise UserError(f"{folder}: is not empty and not a run; name another folder with --run")
-    partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
+    place = folder.resolve()
+    if place == Path.cwd():
+        raise UserError(f"{folder}: is the current folder; name another folder with --run")
+    partial = place.parent / f".{place.name}.partial-{os.getpid()}"
     try:
+        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         (partial / CONFIG).write_text(original, encoding="utf-8")
         (partial / RESOLVED).write_text(config.to_yaml(), encoding="utf-8")
         Store(partial / DATABASE, create=True).close()
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
+        partial.rename(place)
+    except (NotADirectoryError, FileExistsError, PermissionError) as error:
+        raise UserError(
+            f"{folder}: the run cannot be kept here ({error.strerror}); name another folder with --run"
+        ) from None
     except OSError as error:
         raise InfrastructureError(f"{folder}: cannot be made: {error.strerror or error}") from None
     finally:
@@ -94,12 +100,14 @@ def read_status(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}: no such run")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(data, dict):
+            raise ValueError("not an object")
     except FileNotFoundError:
         if (folder / DATABASE).exists():
             return {"state": "created", "run": str(folder)}
         raise UserError(f"{folder}: is not a run (it has no {DATABASE})") from None
     except ValueError:
-        raise UserError(f"{path}: is not valid JSON; 'evomerge resume {folder}' writes it anew") from None
+        raise UserError(f"{path}: is not a status; 'evomerge resume {folder}' writes it anew") from None
     if data.get("state") in ("starting", "running", "selecting") and not _alive(data):
         data["state"] = "interrupted"
     return dict(data)
@@ -113,6 +121,6 @@ def _alive(status: dict[str, Any]) -> bool:
         os.kill(int(status["pid"]), 0)
     except ProcessLookupError:
         return False
-    except (PermissionError, KeyError, ValueError):
+    except (PermissionError, KeyError, TypeError, ValueError, OverflowError):
         return True
     return True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from evomerge.errors import InfrastructureError
 from evomerge.evaluation.items import Block, ItemScore
@@ -43,7 +43,8 @@ class Scheduler:
         """Return when every recipe has an outcome on every block.
 
         Raises:
-            InfrastructureError: a request was lost `MAX_ATTEMPTS` times; everything else is recorded.
+            InfrastructureError: a request was lost `MAX_ATTEMPTS` times. The other requests are waited for and
+                recorded first, unless one of them is lost too.
         """
         waiting: dict[str, Work] = {}
         for recipe in {recipe.hash: recipe for recipe in recipes}.values():
@@ -55,15 +56,29 @@ class Scheduler:
         for work in waiting.values():
             self._executor.submit(work)
         attempts: dict[str, int] = {}
+        given_up: WorkerLost | None = None
         while waiting:
             event = self._executor.next_event(POLL_SECONDS)
-            if isinstance(event, WorkerLost):
-                self._retry(event, waiting, attempts)
-            elif isinstance(event, Result) and event.work in waiting:
+            if isinstance(event, Result) and event.work in waiting:
                 self._record(event, waiting.pop(event.work))
                 self._on_event(event)
                 continue
+            if isinstance(event, WorkerLost):
+                self._record_loss(event)
+                if event.work in waiting:
+                    attempts[event.work] = attempts.get(event.work, 0) + 1
+                    if given_up is not None:
+                        break
+                    if attempts[event.work] < MAX_ATTEMPTS:
+                        self._executor.submit(waiting[event.work])
+                    else:
+                        given_up = event
+                        del waiting[event.work]
             self._on_event(None)
+        if given_up is not None:
+            raise InfrastructureError(
+                f"a request was lost {MAX_ATTEMPTS} times with its worker, the last time: {given_up.reason}"
+            )
 
     def table(self, recipe: Recipe, blocks: Sequence[Block]) -> dict[str, dict[str, ItemScore]] | str:
         """Return task → item id → score over complete blocks, or the reason why the candidate failed."""
@@ -86,13 +101,7 @@ class Scheduler:
             for outcome in result.outcomes:
                 self._store.add_result(outcome, work.block.hash, result.worker)
 
-    def _retry(self, lost: WorkerLost, waiting: Mapping[str, Work], attempts: dict[str, int]) -> None:
-        self._store.add_attempt(lost.work, lost.worker, lost.reason)
-        self._store.event("worker_lost", worker=lost.worker, work=lost.work, reason=lost.reason)
-        attempts[lost.work] = attempts.get(lost.work, 0) + 1
-        if attempts[lost.work] >= MAX_ATTEMPTS:
-            raise InfrastructureError(
-                f"a request was lost {MAX_ATTEMPTS} times with its worker, the last time: {lost.reason}"
-            )
-        if lost.work in waiting:
-            self._executor.submit(waiting[lost.work])
+    def _record_loss(self, lost: WorkerLost) -> None:
+        with self._store.transaction():
+            self._store.add_attempt(lost.work, lost.worker, lost.reason)
+            self._store.event("worker_lost", worker=lost.worker, work=lost.work, reason=lost.reason)

@@ -106,8 +106,25 @@ class Store:
         self.path = path
         try:
             self._db = sqlite3.connect(path, timeout=0.5, isolation_level=None)
+        except sqlite3.Error as error:
+            raise InfrastructureError(f"{path}: cannot be opened: {error}") from None
+        try:
+            self._lock()
+            if create:
+                with self.transaction():
+                    for statement in _SCHEMA.split(";"):
+                        self._db.execute(statement)
+                    self._set_meta("schema_version", SCHEMA_VERSION)
+            else:
+                self._check_version()
+        except BaseException:
+            self._db.close()
+            raise
+
+    def _lock(self) -> None:
+        mode = "DELETE" if _on_shared_file_system(self.path) else "WAL"
+        try:
             self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
-            mode = "DELETE" if _on_shared_file_system(path) else "WAL"
             self._db.execute(f"PRAGMA journal_mode={mode}")
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.execute("PRAGMA foreign_keys=ON")
@@ -116,18 +133,11 @@ class Store:
         except sqlite3.OperationalError as error:
             if "locked" in str(error):
                 raise UserError(
-                    f"{path}: another evomerge process is driving this run; stop it first"
+                    f"{self.path}: another evomerge process is driving this run; stop it first"
                 ) from None
-            raise InfrastructureError(f"{path}: cannot be opened: {error}") from None
+            raise InfrastructureError(f"{self.path}: cannot be opened: {error}") from None
         except sqlite3.DatabaseError as error:
-            raise UserError(f"{path}: not a run database: {error}") from None
-        if create:
-            with self.transaction():
-                for statement in _SCHEMA.split(";"):
-                    self._db.execute(statement)
-                self._set_meta("schema_version", SCHEMA_VERSION)
-        else:
-            self._check_version()
+            raise UserError(f"{self.path}: not a run database: {error}") from None
 
     def close(self) -> None:
         """Close the database; the write-ahead log is merged into it."""
@@ -136,21 +146,21 @@ class Store:
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """Make the enclosed writes one event: all or nothing, on disk when it returns."""
-        if self._db.in_transaction:
+        nested = self._db.in_transaction
+        if nested:
             yield
             return
         try:
             self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-            except BaseException:
-                self._db.execute("ROLLBACK")
-                raise
+            yield
             self._db.execute("COMMIT")
-        except sqlite3.OperationalError as error:
+        except BaseException as error:
+            # A full disk makes SQLite roll back by itself.
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
-            raise InfrastructureError(f"{self.path}: cannot be written: {error}") from None
+            if type(error) in (sqlite3.OperationalError, sqlite3.DatabaseError):
+                raise InfrastructureError(f"{self.path}: cannot be written: {error}") from None
+            raise
 
     def meta(self, key: str, default: Any = None) -> Any:
         """Return a recorded fact of the run."""
@@ -240,7 +250,10 @@ class Store:
             f"FROM candidates {where} ORDER BY id",
             arguments,
         )
-        return [CandidateRow(*row[:3], tuple(json.loads(row[3])), *row[4:]) for row in rows]
+        return [
+            CandidateRow(number, of, position, tuple(json.loads(genotype)), *rest)
+            for number, of, position, genotype, *rest in rows
+        ]
 
     def tell(self, generation: int, told: Sequence[CandidateRow]) -> None:
         """Record the fitness and ranks of a complete generation."""
@@ -253,9 +266,9 @@ class Store:
             self._db.execute("UPDATE generations SET told=1 WHERE generation=?", (generation,))
 
     def add_result(self, outcome: Outcome, block: str, worker: str) -> None:
-        """Record one recipe's outcome on one block."""
+        """Record one recipe's outcome on one block; the first one recorded stands."""
         with self.transaction():
-            self._db.execute(
+            added = self._db.execute(
                 "INSERT OR IGNORE INTO results VALUES (?,?,?,?,?,?,?)",
                 (
                     outcome.recipe,
@@ -267,10 +280,11 @@ class Store:
                     time.time(),
                 ),
             )
-            self._db.executemany(
-                "INSERT OR IGNORE INTO scores VALUES (?,?,?,?,?,?)",
-                [(outcome.recipe, block, s.item, s.task, s.raw, s.value) for s in outcome.scores],
-            )
+            if added.rowcount:
+                self._db.executemany(
+                    "INSERT INTO scores VALUES (?,?,?,?,?,?)",
+                    [(outcome.recipe, block, s.item, s.task, s.raw, s.value) for s in outcome.scores],
+                )
 
     def results(self, recipe: str) -> dict[str, str | None]:
         """Return block hash → reason of failure (None if scored) of everything known of a recipe."""
@@ -352,11 +366,14 @@ class Store:
 
     def backup(self, target: Path) -> None:
         """Copy the database to `target` with SQLite's backup API."""
-        copy = sqlite3.connect(target)
         try:
-            self._db.backup(copy)
-        finally:
-            copy.close()
+            copy = sqlite3.connect(target)
+            try:
+                self._db.backup(copy)
+            finally:
+                copy.close()
+        except sqlite3.Error as error:
+            raise InfrastructureError(f"{target}: cannot be written: {error}") from None
 
     def query(self, sql: str) -> tuple[list[str], list[tuple[Any, ...]]]:
         """Run a SELECT; return column names and rows."""
@@ -370,10 +387,8 @@ class Store:
         try:
             version = self.meta("schema_version")
         except sqlite3.DatabaseError as error:
-            self._db.close()
             raise UserError(f"{self.path}: not a run database: {error}") from None
         if version != SCHEMA_VERSION:
-            self._db.close()
             raise UserError(
                 f"{self.path}: made by another version of evomerge (schema {version}, this one reads "
                 f"{SCHEMA_VERSION}); resume it with the version that made it"

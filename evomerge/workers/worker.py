@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from evomerge.config import Engine, Splits, Suite
 from evomerge.environment import prepare
-from evomerge.errors import CandidateFailed
+from evomerge.errors import CandidateFailed, UserError
 from evomerge.evaluation.items import SPLITS, Item, Split
 from evomerge.recipe import Recipe, Source
 from evomerge.workers.work import Outcome, Result, Work
@@ -63,6 +63,12 @@ class Worker:
             name: open_checkpoint(source.source, revision=source.revision, name=name)
             for name, source in spec.sources.items()
         }
+        for name, source in spec.sources.items():
+            if self._checkpoints[name].sha256 != source.sha256:
+                raise UserError(
+                    f"{source.source}: this worker sees other weights of '{name}' than the driver; "
+                    "let all machines see the same files"
+                )
         self._tokenizer = load_tokenizer(self._checkpoints[spec.tokenizer].path)
         self._suite = BuiltSuite.build(
             spec.suite, spec.splits, self._tokenizer, splits_needed=spec.splits_needed, file=spec.config_file

@@ -122,6 +122,7 @@ def build_parts(out: Path, settings: Settings, stamp: str, call: Call, force: bo
     while waiting:
         names = {model.name for model in waiting}
         ready = [model for model in waiting if model.parent not in names]
+        ready.sort(key=lambda model: -model.steps)
         waiting = [model for model in waiting if model not in ready]
         call(build_model, [(out, model, settings, stamp) for model in ready])
 

@@ -58,13 +58,26 @@ def expert_shares(own: tuple[str, ...], rehearsal: float) -> dict[str, float]:
 
 
 def full_settings() -> Settings:
-    """The zoo that experiments use."""
-    base = Training("base", None, {skill: 1 / len(SKILLS) for skill in SKILLS}, 240, 2e-3, hold=0.0, seed=0)
-    experts = tuple(
-        Training(name, "base", expert_shares(own, 0.15), 150, 3e-4, hold=0.0, seed=seed, warmup=10)
-        for seed, (name, own) in enumerate(OWN_SKILLS.items(), start=1)
+    """The zoo that experiments use: experts of unequal strength.
+
+    `arithmetic` and `text` are trained gently, so that a merge wants them at nearly full weight. `ordering` is trained
+    hotter and rehearses nothing: it is the best at its own skills and harms the others', so that a merge wants little
+    of it. The same weight for all three is therefore far from the best.
+    """
+
+    def expert(seed: int, name: str, steps: int, learning_rate: float, rehearsal: float) -> Training:
+        shares = expert_shares(OWN_SKILLS[name], rehearsal)
+        return Training(name, "base", shares, steps, learning_rate, hold=0.0, seed=seed, warmup=10)
+
+    even = {skill: 1 / len(SKILLS) for skill in SKILLS}
+    return Settings(
+        models=(
+            Training("base", None, even, 240, 2e-3, hold=0.0, seed=0),
+            expert(1, "arithmetic", 70, 2e-4, rehearsal=0.15),
+            expert(2, "text", 70, 2e-4, rehearsal=0.15),
+            expert(3, "ordering", 120, 8e-4, rehearsal=0.0),
+        )
     )
-    return Settings(models=(base, *experts))
 
 
 def tiny_settings() -> Settings:

@@ -178,6 +178,16 @@ def test_the_needed_items_would_resolve_the_seen_difference():
     assert more.needed_items is None
 
 
+def test_the_needed_items_count_each_task_by_its_weight():
+    d = {"a": np.array([1.0] * 5 + [-1] * 4 + [0] * 31), "b": np.array([1.0] * 3 + [-1] * 3 + [0] * 4)}
+    zeros = {task: np.zeros(len(x)) for task, x in d.items()}
+    result = compare(table(**d), table(**zeros), TWO, seed=0)
+    delta = 0.75 * d["a"].mean() + 0.25 * d["b"].mean()
+    variance = 0.75**2 * d["a"].var() / 40 + 0.25**2 * d["b"].var() / 10
+    z = scipy.stats.norm.ppf(0.975) + scipy.stats.norm.ppf(0.8)
+    assert result.needed_items == np.ceil(50 * z**2 * variance / delta**2)
+
+
 def test_intervals_cover_the_true_difference():
     rng = np.random.default_rng(11)
     covered = covered_score = 0
@@ -357,8 +367,18 @@ def test_the_simplest_within_one_standard_error_is_chosen():
     d = best - near
     assert 0 < d.mean() < d.std(ddof=1) / np.sqrt(200)
     assert one_standard_error_choice(tables, ONE) == "near"
+    assert one_standard_error_choice({"best": table(a=best), "near": table(a=near)}, ONE) == "best"
     del tables["near"]
     assert one_standard_error_choice(tables, ONE) == "best"
+
+
+def test_the_standard_error_of_a_choice_weighs_tasks():
+    a, b = np.array([1.0] * 8 + [0] * 92), np.array([1.0] * 7 + [-1] * 7 + [0] * 26)
+    lead = 0.75 * a.mean()
+    error = np.sqrt(0.75**2 * a.var(ddof=1) / 100 + 0.25**2 * b.var(ddof=1) / 40)
+    for shift, expected in ((0.0, "best"), (lead - 0.9 * error, "simple"), (lead - 1.1 * error, "best")):
+        simple = table(a=np.full(100, shift / 0.75), b=np.zeros(40))
+        assert one_standard_error_choice({"simple": simple, "best": table(a=a, b=b)}, TWO) == expected
 
 
 def test_a_tie_goes_to_the_simplest_and_a_clear_lead_to_the_best():

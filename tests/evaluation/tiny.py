@@ -121,7 +121,7 @@ class FakeEngine:
     def __init__(
         self,
         logprob: Callable[[Loglikelihood], float] = lambda r: -float(len(r.continuation)),
-        text: Callable[[Generation], str] = lambda r: r.context[-9:],
+        text: Callable[[Generation], str] = lambda r: r.context,
     ) -> None:
         self.logprob = logprob
         self.text = text

@@ -26,7 +26,8 @@ def test_is_the_weighted_average(weights: tuple[float, ...], normalize: bool) ->
 @pytest.mark.parametrize("chosen", [0, 1, 2])
 def test_a_weight_of_one_alone_copies_the_input_bit_for_bit(dtype: torch.dtype, chosen: int) -> None:
     _, inputs = oracle.checkpoints(1000, dtype=dtype)
-    inputs[chosen][0] = -0.0
+    for k, tensor in enumerate(inputs):
+        tensor[0] = -0.0 if k == chosen else 1.0
     weights = tuple(float(k == chosen) for k in range(3))
     merged = merge("linear", None, inputs, weight=weights).to(dtype)
     assert torch.equal(merged, inputs[chosen])

@@ -37,20 +37,15 @@ class TestMergekit:
     def test_task_arithmetic(self, peer: Any) -> None:
         base, experts = oracle.checkpoints(2000, dtype=torch.float64)
         parameters = {"weight": [0.2, 0.9, -0.3], "normalize": False, "lambda": 0.7}
-        theirs = peer([base, *experts], "task_arithmetic", parameters=_padded(parameters), base_index=0)
+        theirs = peer([base, *experts], "task_arithmetic", parameters=parameters, base_index=0)
         close(merge("task_arithmetic", base, experts, weight=(0.2, 0.9, -0.3), lambda_=0.7), theirs)
 
     @pytest.mark.parametrize("density", [0.3, 1.0])
     def test_ties_with_equal_weights(self, peer: Any, density: float) -> None:
         base, experts = oracle.checkpoints(2000, dtype=torch.float64)
         parameters = {"weight": [1.0, 1.0, 1.0], "density": [density] * 3, "normalize": True, "lambda": 0.7}
-        theirs = peer([base, *experts], "ties", parameters=_padded(parameters), base_index=0)
+        theirs = peer([base, *experts], "ties", parameters=parameters, base_index=0)
         close(merge("ties", base, experts, density=density, lambda_=0.7), theirs)
-
-
-def _padded(parameters: dict[str, Any]) -> dict[str, Any]:
-    """mergekit lists a value for the base too."""
-    return {name: [0.0, *value] if isinstance(value, list) else value for name, value in parameters.items()}
 
 
 class TestPeft:

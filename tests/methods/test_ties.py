@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from evomerge.methods import TensorCache
 from tests.methods import oracle
 from tests.methods.oracle import merge
 
@@ -28,8 +29,9 @@ def test_the_mirror_image_has_a_positive_majority() -> None:
 
 
 def test_without_a_majority_equal_masses_leave_the_base() -> None:
-    experts = [torch.tensor(v) for v in ([1.0, -2.0, 3.0, -5.0], [-1.0, 2.0, 0.0, 0.0])]
-    assert merge("ties", torch.full((4,), 7.0), experts, density=1.0).tolist() == [7, 7, 10, 2]
+    base = torch.full((4,), 7.0)
+    experts = [base + torch.tensor(v) for v in ([1.0, -2.0, 3.0, -5.0], [-1.0, 2.0, 0.0, 0.0])]
+    assert merge("ties", base, experts, density=1.0).tolist() == [7, 7, 10, 2]
 
 
 def test_the_majority_is_that_of_the_whole_tensor_not_of_a_chunk() -> None:
@@ -57,7 +59,9 @@ def test_trim_keeps_all_entries_that_tie_at_the_threshold() -> None:
 
 def test_trim_keeps_at_least_the_largest_entry() -> None:
     delta = torch.tensor([1.0, -2.0, 0.5])
-    assert merge("ties", torch.zeros(3), [delta], density=0.0).tolist() == [0, -2, 0]
+    for cache in (None, TensorCache()):
+        merged = merge("ties", torch.zeros(3), [delta], density=0.0, cache=cache, key="k")
+        assert merged.tolist() == [0, -2, 0]
 
 
 def test_every_expert_has_its_own_density() -> None:

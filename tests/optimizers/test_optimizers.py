@@ -98,6 +98,13 @@ def test_cma_moves_an_integer_to_its_optimum():
         assert to_value(coordinates[0], mean[0]) == 15
 
 
+def test_cma_does_not_freeze_on_an_integer():
+    coordinates = [Coordinate("steps", "integer", 0.0, 4.0, 0.5), *floats(2)]
+    asks = run(make("cma", coordinates, seed=1), lambda g: sphere(g[1:]) - abs(g[0] - 0.5), 1200)
+    late = {to_value(coordinates[0], g[0]) for generation in asks[-60:] for g in generation}
+    assert len(late) > 1
+
+
 def test_cma_follows_ranks_alone():
     one, other = (make("cma", floats(4), seed=9) for _ in range(2))
     for generation in range(10):

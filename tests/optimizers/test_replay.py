@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from threadpoolctl import threadpool_limits
 
-from tests.optimizers.problems import CASES, floats, make, noisy, run, space_of, tell_of
+from tests.optimizers.problems import CASES, floats, make, noisy, run, space_of, sphere, tell_of
 
 
 def asks_of(kind: str, space: str, seed: int = 5):
@@ -34,14 +34,22 @@ def test_a_replay_in_a_fresh_process_asks_the_same_bit_for_bit():
 @pytest.mark.parametrize(("kind", "space"), CASES)
 def test_asks_depend_on_nothing_but_seed_and_tells(kind, space):
     expected = asks_of(kind, space)
-    with threadpool_limits(2):
-        optimizer = make(kind, space_of(space), seed=5)
-        for generation, asks in enumerate(expected):
-            np.random.seed(generation)
-            random.seed(generation)
-            np.random.rand(3)
-            assert optimizer.ask(generation) == asks
-            optimizer.tell(generation, tell_of(asks, noisy)[::-1])
+    optimizer = make(kind, space_of(space), seed=5)
+    for generation, asks in enumerate(expected):
+        np.random.seed(generation)
+        random.seed(generation)
+        np.random.rand(3)
+        assert optimizer.ask(generation) == asks
+        optimizer.tell(generation, tell_of(asks, noisy)[::-1])
+
+
+def test_the_number_of_blas_threads_changes_no_bit():
+    # Below some 200 dimensions OpenBLAS does not split the eigendecomposition.
+    def asks_on(threads: int):
+        with threadpool_limits(threads):
+            return run(make("cma", floats(300), seed=5), sphere, 240)
+
+    assert asks_on(1) == asks_on(2)
 
 
 @pytest.mark.parametrize(("kind", "space"), CASES)

@@ -271,6 +271,11 @@ REFUSED = [
         "smooth: 9.* more than the model's 4 layers",
     ),
     ("ties", {"weight": [{"range": [0, 1]}, 0.5]}, "entry 2 is never used"),
+    (
+        "ties",
+        {"weight": [{"range": [0, 1], "tensors": "*x"}, {"range": [0, 1], "tensors": "*x"}]},
+        "entry 2 is never",
+    ),
     ("ties", {"weight": {"choices": [0.0, 1.0], "depth": {"smooth": 2}}}, "choices cannot be interpolated"),
     ("ties", {"weight": {"range": [0.5, 3], "integer": True}}, "integer: 0.5 is not a whole number"),
     (
