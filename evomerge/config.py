@@ -12,8 +12,9 @@ from pydantic import Field, field_validator, model_validator
 from evomerge.checkpoints.names import ROLES, Role
 from evomerge.errors import UserError, nearest
 from evomerge.methods.registry import get_method
+from evomerge.overrides import overridden
 from evomerge.recipe import expand_home, resolve_source
-from evomerge.schema import Frozen, Number, Whole, dump_yaml, parse_yaml, read_yaml, shown, validate
+from evomerge.schema import Frozen, Number, Whole, dump_yaml, read_yaml, shown, validate
 
 Auto = Literal["auto"]
 Positive = Annotated[Whole, Field(gt=0)]
@@ -474,9 +475,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
 
 def parse_config(data: dict[str, Any], file: Path, overrides: Sequence[str] = ()) -> Config:
     """Validate plain data as a config that was read from `file`."""
-    data = _copy(data)
-    for override in overrides:
-        _override(data, override)
+    data = overridden(data, overrides)
     if "version" not in data:
         raise UserError(f"{file}: version: this key is required; write 'version: 1' as the first line")
     if data["version"] != 1:
@@ -485,44 +484,6 @@ def parse_config(data: dict[str, Any], file: Path, overrides: Sequence[str] = ()
         )
     config = validate(Config, data, file)
     return _absolute(config, file.parent)
-
-
-def _override(data: dict[str, Any], text: str) -> None:
-    key, separator, value = text.partition("=")
-    if not separator or not key:
-        raise UserError(f"--set {text}: write it as key=value, e.g. --set budget.candidates=100")
-    node: Any = data
-    parts, done = key.split("."), ""
-    while parts:
-        if isinstance(node, list):
-            part, parts = parts[0], parts[1:]
-            if not part.isdigit() or int(part) >= len(node):
-                raise UserError(
-                    f"--set {text}: '{done}' is a list of {len(node)}; '{part}' is not the number of an entry "
-                    f"(0 to {len(node) - 1})"
-                )
-            place: int | str = int(part)
-        elif isinstance(node, dict):
-            # Names may hold dots themselves: the longest one that exists is meant.
-            length = next((n for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in node), 1)
-            part, parts = ".".join(parts[:length]), parts[length:]
-            place = part
-        else:
-            raise UserError(
-                f"--set {text}: '{done}' is the plain value {shown(node)}, it has no key '{parts[0]}'"
-            )
-        if not parts:
-            node[place] = parse_yaml(value, f"--set {text}")
-        elif isinstance(node, dict) and node.get(place) is None:
-            node[place] = {}
-        node, done = node[place], f"{done}.{part}" if done else part
-
-
-def _copy(data: Any) -> Any:
-    """Copy plain data, so that what a YAML alias shares can be changed in one place."""
-    if isinstance(data, dict):
-        return {key: _copy(value) for key, value in data.items()}
-    return [_copy(value) for value in data] if isinstance(data, list) else data
 
 
 def _absolute(config: Config, folder: Path) -> Config:

@@ -223,7 +223,8 @@ class Recipe(Frozen):
             for key, value in values.items():
                 if key not in declared:
                     hint = nearest(key, declared) or f" (known: {', '.join(declared)})"
-                    raise ValueError(f"{place}: {' and '.join(methods)} has no parameter '{key}'{hint}")
+                    users = " and ".join(methods) + (" has" if len(methods) == 1 else " have")
+                    raise ValueError(f"{place}: {users} no parameter '{key}'{hint}")
                 for parameter in declared[key]:
                     _check_value(parameter, value, merge.inputs, f"{place}.{key}")
         for key, parameters in declared.items():

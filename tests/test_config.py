@@ -101,10 +101,19 @@ def test_a_short_config_gets_documented_defaults(write: Any) -> None:
     )
     config = load_config(path)
     assert list(config.models.experts) == ["x", "y"]
-    assert (config.name, config.seed, config.optimizer.type, config.optimizer.sigma) == ("search", 0, "cma", 0.2)
+    assert (config.name, config.seed, config.optimizer.type, config.optimizer.sigma) == (
+        "search",
+        0,
+        "cma",
+        0.2,
+    )
     assert config.suite.tasks[0].task == "arc_easy"
     assert config.suite.tasks[0].weight == 1.0
-    assert (config.splits.search, config.splits.validation, config.splits.test) == ("search", "validation", "test")
+    assert (config.splits.search, config.splits.validation, config.splits.test) == (
+        "search",
+        "validation",
+        "test",
+    )
     assert (config.workers.type, config.workers.count) == ("ray", "auto")
 
 
@@ -147,9 +156,12 @@ def test_a_normalised_config_reads_back_as_itself(write: Any, tmp_path: Path, aw
         weight = next(line for line in EXAMPLE.splitlines(keepends=True) if "weight: {range" in line)
         text = EXAMPLE.replace(weight, AWKWARD)
         text = text.replace("base: ./zoo/base", "base: {path: org/base, revision: '1234e56'}")
-        text = text.replace("splits: {search: search, validation: validation, test: test}", "splits: {from: test}")
         text = text.replace(
-            "weight: 1.0}", "weight: 0.1, gen_kwargs: {until: ['1e5', null, no], max_gen_toks: 3}, num_fewshot: 2}"
+            "splits: {search: search, validation: validation, test: test}", "splits: {from: test}"
+        )
+        text = text.replace(
+            "weight: 1.0}",
+            "weight: 0.1, gen_kwargs: {until: ['1e5', null, no], max_gen_toks: 3}, num_fewshot: 2}",
         )
     config = load_config(write(text))
     elsewhere = tmp_path / "run"
@@ -178,16 +190,43 @@ MISTAKES = [
     (f"{P}.density=-0.1", f"{P}.density: -0.1 lies outside [0, 1]"),
     (f"{P}.weight=high", f"{P}.weight: 'high' is not a finite number"),
     (f"{P}.lambda=.inf", f"{P}.lambda: inf is not accepted: give a finite number"),
-    (f"{P}.lambda={{range: [0, 1], per: expert}}", f"{P}.lambda.per: 'expert' is not accepted: ties has one lambda for"),
-    (f"{W}.per=aritmetic", f"{W}.per: 'aritmetic' is neither expert, shared nor an expert's name (did you mean 'arit"),
-    (f"{P}={{weight: 1.0}}", f"{P}: nothing is searched; give at least one parameter a range, or use 'evomerge merge'"),
+    (
+        f"{P}.lambda={{range: [0, 1], per: expert}}",
+        f"{P}.lambda.per: 'expert' is not accepted: ties has one lambda for",
+    ),
+    (
+        f"{W}.per=aritmetic",
+        f"{W}.per: 'aritmetic' is neither expert, shared nor an expert's name (did you mean 'arit",
+    ),
+    (
+        f"{P}={{weight: 1.0}}",
+        f"{P}: nothing is searched; give at least one parameter a range, or use 'evomerge merge'",
+    ),
     (f"{P}.weight=[]", f"{W}: is empty; write a plain value or {{range: [low, high]}}"),
-    (f"{P}.weight=", f"{W}: nothing is given; write a plain value, {{range: [low, high]}} or {{choices: [...]}}"),
-    (f"{P}={{weight: {{choices: [0.1, 0.2]}}}}", f"{W}: choices need optimizer.type tpe or random; cma searches numbe"),
-    (f"{P}={{weight: {{choices: [0.1]}}}}", f"{W}.choices: [0.1] is not accepted: give two or more different values"),
-    (f"{P}={{weight: {{choices: [0, 1], range: [0, 1]}}}}", f"{W}: range and choices exclude each other; give one of"),
-    (f"{P}={{weight: {{choices: [0, 1], initial: 0.3}}}}", f"{W}.initial: 0.3 is not one of the choices [0, 1]"),
-    ("space={method: slerp, parameters: {t: {range: [0, 1]}}}", "space.method: slerp takes exactly 2 inputs, here are 3;"),
+    (
+        f"{P}.weight=",
+        f"{W}: nothing is given; write a plain value, {{range: [low, high]}} or {{choices: [...]}}",
+    ),
+    (
+        f"{P}={{weight: {{choices: [0.1, 0.2]}}}}",
+        f"{W}: choices need optimizer.type tpe or random; cma searches numbe",
+    ),
+    (
+        f"{P}={{weight: {{choices: [0.1]}}}}",
+        f"{W}.choices: [0.1] is not accepted: give two or more different values",
+    ),
+    (
+        f"{P}={{weight: {{choices: [0, 1], range: [0, 1]}}}}",
+        f"{W}: range and choices exclude each other; give one of",
+    ),
+    (
+        f"{P}={{weight: {{choices: [0, 1], initial: 0.3}}}}",
+        f"{W}.initial: 0.3 is not one of the choices [0, 1]",
+    ),
+    (
+        "space={method: slerp, parameters: {t: {range: [0, 1]}}}",
+        "space.method: slerp takes exactly 2 inputs, here are 3;",
+    ),
     ("space={method: linear, parameters: {}}", "space.parameters: linear needs 'weight'"),
     ("space.dialect=mergkit", "space.dialect: 'mergkit' is not accepted: give paper or mergekit"),
     # ranges
@@ -209,7 +248,10 @@ MISTAKES = [
     (f"{W}.depth={{smooth: 2, groups: 2}}", f"{W}.depth: {{smooth: 2, groups: 2}} {DEPTHS}"),
     (f"{W}.depth=layer", f"{W}.depth: 'layer' {DEPTHS}"),
     (f"{W}.depth=3", f"{W}.depth: 3 {DEPTHS}"),
-    (f"{W}.roles=[attn]", f"{W}.roles: unknown role 'attn' (did you mean 'attention'?); roles: attention, mlp, "),
+    (
+        f"{W}.roles=[attn]",
+        f"{W}.roles: unknown role 'attn' (did you mean 'attention'?); roles: attention, mlp, ",
+    ),
     (f"{W}.roles=attention", f"{W}.roles: 'attention' is not accepted: give all, or a list of roles"),
     # budget and optimizer
     ("budget.candidates=0", f"budget.candidates: 0 {POSITIVE}"),
@@ -224,19 +266,37 @@ MISTAKES = [
     ("optimizer.type=cmaes", "optimizer.type: 'cmaes' is not accepted: give cma, tpe or random"),
     ("optimizer.sigma=0", f"optimizer.sigma: 0 {POSITIVE}"),
     ("optimizer.sigma=2", "optimizer.sigma: 2 is not accepted: give a number of at most 1"),
-    ("optimizer.population=0", "optimizer.population: 0 is not accepted: give auto or a number greater than 0"),
-    ("optimizer.population=many", "optimizer.population: 'many' is not accepted: give auto or a whole number"),
+    (
+        "optimizer.population=0",
+        "optimizer.population: 0 is not accepted: give auto or a number greater than 0",
+    ),
+    (
+        "optimizer.population=many",
+        "optimizer.population: 'many' is not accepted: give auto or a whole number",
+    ),
     # models
     ("models={experts: [./x]}", "models.base: this key is required"),
     ("models.experts={}", "models.experts: is empty; give at least 1 entry"),
-    ("models.experts=[./a/x, ./b/x]", "models.experts: two experts are called 'x'; write a mapping of names to models"),
-    ("models.experts=[../..]", "models.experts: '../..' gives the expert no name; write a mapping of names to models"),
+    (
+        "models.experts=[./a/x, ./b/x]",
+        "models.experts: two experts are called 'x'; write a mapping of names to models",
+    ),
+    (
+        "models.experts=[../..]",
+        "models.experts: '../..' gives the expert no name; write a mapping of names to models",
+    ),
     ("models.experts=[3]", "models.experts: 3 gives the expert no name"),
     ("models.experts={3: ./x}", "models.experts.3: this name is not text; put it in quotes"),
-    ("models.experts={x: 3}", "models.experts.x: 3 is not accepted: give a folder, a hub id or {path: ..., revision: ..."),
+    (
+        "models.experts={x: 3}",
+        "models.experts.x: 3 is not accepted: give a folder, a hub id or {path: ..., revision: ...",
+    ),
     ("models.experts={x: ''}", "models.experts.x: '' is not accepted: give some text"),
     *(
-        (f"models.experts={{{name}: ./x}}", f"models.experts: '{name}' is a reserved name; call the expert something")
+        (
+            f"models.experts={{{name}: ./x}}",
+            f"models.experts: '{name}' is a reserved name; call the expert something",
+        )
         for name in ("base", "initial", "uniform", "merge", "expert", "shared")
     ),
     # suite and splits
@@ -248,17 +308,35 @@ MISTAKES = [
     ("suite.tasks=[{metric: acc}]", "suite.tasks.0.task: this key is required"),
     ("suite.tasks.0.weight=0", f"suite.tasks.0.weight: 0 {POSITIVE}"),
     ("suite.tasks.0.weight=-1", f"suite.tasks.0.weight: -1 {POSITIVE}"),
-    ("suite.items_per_candidate=0", "suite.items_per_candidate: 0 is not accepted: give auto or a number greater than"),
+    (
+        "suite.items_per_candidate=0",
+        "suite.items_per_candidate: 0 is not accepted: give auto or a number greater than",
+    ),
     ("suite.chat_template=maybe", "suite.chat_template: 'maybe' is not accepted: give true or false"),
-    ("splits={search: a, validation: a, test: b}", "splits: ['a', 'a', 'b'] is not accepted: search, validation and t"),
-    ("splits={search: a}", "splits: 'validation' is missing; name three data splits, or give 'from' to cut one"),
-    ("splits={from: test, search: a}", "splits: 'from' takes the place of search, validation and test; give one or"),
-    ("splits.fractions={search: 0.2, validation: 0.2, test: 0.6}", "splits.fractions: they cut the data split that '"),
+    (
+        "splits={search: a, validation: a, test: b}",
+        "splits: ['a', 'a', 'b'] is not accepted: search, validation and t",
+    ),
+    (
+        "splits={search: a}",
+        "splits: 'validation' is missing; name three data splits, or give 'from' to cut one",
+    ),
+    (
+        "splits={from: test, search: a}",
+        "splits: 'from' takes the place of search, validation and test; give one or",
+    ),
+    (
+        "splits.fractions={search: 0.2, validation: 0.2, test: 0.6}",
+        "splits.fractions: they cut the data split that '",
+    ),
     (
         "splits={from: test, fractions: {search: 0.5}}",
         "splits.fractions: search 0.5, validation 0.2 and test 0.2 add up to 0.9, not to 1",
     ),
-    ("splits={from: t, fractions: {search: 1.5}}", "splits.fractions.search: 1.5 is not accepted: give a number less tha"),
+    (
+        "splits={from: t, fractions: {search: 1.5}}",
+        "splits.fractions.search: 1.5 is not accepted: give a number less tha",
+    ),
     # the rest
     ("workers.type=rai", "workers.type: 'rai' is not accepted: give ray or local"),
     ("workers.count=0", "workers.count: 0 is not accepted: give auto or a number greater than 0"),
@@ -281,7 +359,10 @@ def test_a_mistake_is_told_in_one_sentence(write: Any, override: str, expected: 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (EXAMPLE.replace("version: 1\n", ""), "version: this key is required; write 'version: 1' as the first line"),
+        (
+            EXAMPLE.replace("version: 1\n", ""),
+            "version: this key is required; write 'version: 1' as the first line",
+        ),
         (EXAMPLE + "seed: 1\n", "line 22: not valid YAML: the key 'seed' is written twice"),
         (EXAMPLE.replace("]", "", 1), "line "),
         ("", "this config is empty"),
@@ -299,7 +380,10 @@ def test_a_broken_file_is_told_in_one_sentence(write: Any, text: str, expected: 
         ("budget.candidates", "write it as key=value, e.g. --set budget.candidates=100"),
         ("=3", "write it as key=value, e.g. --set budget.candidates=100"),
         ("seed.x=3", "'seed' is the plain value 0, it has no key 'x'"),
-        ("suite.tasks.5.weight=1", "'suite.tasks' is a list of 1; '5' is not the number of an entry (0 to 0)"),
+        (
+            "suite.tasks.5.weight=1",
+            "'suite.tasks' is a list of 1; '5' is not the number of an entry (0 to 0)",
+        ),
         ("suite.tasks.x=1", "'suite.tasks' is a list of 1; 'x' is not the number of an entry (0 to 0)"),
         ("seed=[", "line 1: not valid YAML: "),
     ],

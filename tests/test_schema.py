@@ -35,7 +35,10 @@ def test_words_that_only_resemble_numbers_stay_words(text: str) -> None:
 
 
 def test_a_key_written_twice_is_refused_with_its_line() -> None:
-    assert refusal("a: 1\nb:\n  c: 1\n  c: 2\n") == "x.yaml: line 4: not valid YAML: the key 'c' is written twice"
+    assert (
+        refusal("a: 1\nb:\n  c: 1\n  c: 2\n")
+        == "x.yaml: line 4: not valid YAML: the key 'c' is written twice"
+    )
     assert "line 2" in refusal("a: 1\na: 1")
 
 
@@ -158,13 +161,19 @@ def sentence(data: object) -> str:
         ({"inner": {"whole": True}}, "f.yaml: inner.whole: true is not accepted: give a whole number"),
         ({"inner": {"ratio": False}}, "f.yaml: inner.ratio: false is not accepted: give a number"),
         ({"named": {"int": {"ratio": "x"}}}, "f.yaml: named.int.ratio: 'x' is not accepted: give a number"),
-        ({"named": {"Upper": {"ratio": "x"}}}, "f.yaml: named.Upper.ratio: 'x' is not accepted: give a number"),
+        (
+            {"named": {"Upper": {"ratio": "x"}}},
+            "f.yaml: named.Upper.ratio: 'x' is not accepted: give a number",
+        ),
         ({"named": {3: {}}}, "f.yaml: named.3: this name is not text; put it in quotes"),
         ({"named": {"a": 3}}, "f.yaml: named.a: 3 is not accepted: give a mapping of keys to values"),
         ({"named": None}, "f.yaml: named: is empty; give a mapping of keys to values"),
         ({"kind": 3}, "f.yaml: kind: 3 is not accepted: give text, in quotes"),
         ({"from": "x"}, "f.yaml: from: 'x' is not accepted: give a whole number"),
-        ({"inner": {"ratio": float("nan")}}, "f.yaml: inner.ratio: nan is not accepted: give a finite number"),
+        (
+            {"inner": {"ratio": float("nan")}},
+            "f.yaml: inner.ratio: nan is not accepted: give a finite number",
+        ),
     ],
 )
 def test_sentences_name_the_key_as_the_user_wrote_it(data: object, expected: str) -> None:

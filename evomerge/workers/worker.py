@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -80,6 +81,10 @@ class Worker:
     def prepare(self, recipe: Recipe) -> str:
         """Materialise a first recipe and return the engine's fingerprint."""
         return self._hold(recipe).fingerprint
+
+    def process_id(self) -> int:
+        """Return the id of the process that the worker lives in."""
+        return os.getpid()
 
     def run(self, work: Work) -> Result:
         """Score each recipe of a request on its block.

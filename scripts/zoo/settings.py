@@ -26,7 +26,7 @@ class Training:
     """How one model is trained.
 
     `shares` are the skills' shares of the training items and sum to 1. `parent` is the model to start from (None:
-    random weights). `hold` is the part of the steps at the full learning rate; it then falls to zero in a straight line.
+    random weights). `hold` is the part of the steps at the full learning rate, which then falls to zero linearly.
     """
 
     name: str

@@ -6,7 +6,7 @@ import json
 import random
 from pathlib import Path
 
-from skills import SKILLS, SPLITS, Item, Skill, draw_splits, held_out_keys
+from skills import SKILLS, SPLITS, Item, draw_splits, held_out_keys
 
 HEADER = """\
 task: zoo_{skill}

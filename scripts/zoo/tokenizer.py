@@ -1,8 +1,8 @@
 """The tokenizer all models share: one token a byte.
 
-`AutoTokenizer` rebuilds parts of a tokenizer from its class, so only a tokenizer whose class rebuilds the same parts
-survives being loaded. GPT-2's class rebuilds the byte-level alphabet; with that alphabet as the vocabulary and no merges,
-nothing is left to differ.
+`AutoTokenizer` rebuilds parts of a tokenizer from its class, so only a tokenizer whose class rebuilds the same
+parts survives being loaded. GPT-2's class rebuilds the byte-level alphabet; with that alphabet as the vocabulary and
+no merges, nothing is left to differ.
 """
 
 from __future__ import annotations

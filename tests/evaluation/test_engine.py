@@ -202,6 +202,16 @@ def test_finished_texts_leave_the_batch(model: Any, tokenizer: Any) -> None:
     assert sizes == [8, 8, *[2] * 7]
 
 
+def test_a_stop_string_ends_the_work(model: Any, tokenizer: Any) -> None:
+    engine = HFEngine(model, tokenizer, batch_tokens=4096)
+    text = engine.generate([Generation("prompt", (), 9)])[0]
+    calls: list[int] = []
+    hook = model.register_forward_pre_hook(lambda module, args: calls.append(1))
+    assert engine.generate([Generation("prompt", (text[1:3],), 9)]) == [text.split(text[1:3])[0]]
+    hook.remove()
+    assert len(calls) < 9
+
+
 def test_what_prompts_share_is_computed_once(model: Any, tokenizer: Any) -> None:
     shapes: list[tuple[int, ...]] = []
     engine = HFEngine(model, tokenizer, batch_tokens=4096)

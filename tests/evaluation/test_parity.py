@@ -136,12 +136,13 @@ FILTERS = [
     },
     {
         "name": "letters",
-        "filter": [{"function": "regex", "regex_pattern": "([a-z])"}, {"function": "take_first"}],
+        "filter": [{"function": "regex", "regex_pattern": "([A-Z])"}, {"function": "take_first"}],
     },
 ]
 
 
-@pytest.mark.parametrize(("until", "batch_tokens"), [(["\n"], 64), (["e", "Q", "!"], 4096), ([], 700)])
+# What the tiny model says is made of such characters.
+@pytest.mark.parametrize(("until", "batch_tokens"), [(["\n"], 64), (["\x04=", "3\x7f"], 4096), (["+"], 700)])
 def test_generation(tmp_path: Path, model: Any, tokenizer: Any, until: list[str], batch_tokens: int) -> None:
     shared = "A long beginning that all prompts have. "
     path = write_task(
@@ -163,7 +164,10 @@ def test_generation(tmp_path: Path, model: Any, tokenizer: Any, until: list[str]
             batch_tokens=batch_tokens,
         )
         requests = [Generation(s["arguments"][0][0], tuple(until), 8) for s in samples]
-        assert engine.generate(requests) == [s["resps"][0][0] for s in samples]
+        texts = engine.generate(requests)
+        assert texts == [s["resps"][0][0] for s in samples]
+        whole_texts = engine.generate([Generation(request.context, (), 8) for request in requests])
+        assert (texts == whole_texts) == (until == ["\n"])
         assert [scores[s["doc_id"]].raw for s in samples] == [s["exact_match"] for s in samples]
         items = {item.index: item for item in suite.items("search")}
         shown = [suite.preview(engine, items[s["doc_id"]]) for s in samples]

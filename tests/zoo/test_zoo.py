@@ -96,8 +96,11 @@ prompts = {model.name: [item.prompt for item in itertools.islice(training_items(
 json.dump(prompts, sys.stdout)
 """
     environment = os.environ | {"PYTHONPATH": str(ROOT / "scripts" / "zoo")}
-    result = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, env=environment, check=True)
-    held_out = {row["prompt"] for skill in GENERATED | set(CHOSEN) for split in SPLITS for row in rows(zoo, skill, split)}
+    result = subprocess.run(
+        [sys.executable, "-c", source], capture_output=True, text=True, env=environment, check=True
+    )
+    skills = GENERATED | set(CHOSEN)
+    held_out = {row["prompt"] for skill in skills for split in SPLITS for row in rows(zoo, skill, split)}
     for prompts in json.loads(result.stdout).values():
         assert not held_out & set(prompts)
 
@@ -164,7 +167,9 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_tiny_needs_a_folder() -> None:
-    result = subprocess.run([sys.executable, str(SCRIPT), "--tiny"], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, str(SCRIPT), "--tiny"], capture_output=True, text=True, check=False
+    )
     assert result.returncode == 2
     assert "--out" in result.stderr
 

@@ -1,0 +1,178 @@
+"""The Ray executor: the same scores as in this process, lost workers replaced, nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import evomerge
+from evomerge.config import load_config
+from evomerge.errors import UserError
+from evomerge.searching.run import executor_for
+from evomerge.searching.rundir import open_run, read_status
+from evomerge.searching.setup import Setup, set_up
+from evomerge.workers.executor import Executor
+from evomerge.workers.work import Result, Work, WorkerLost
+from tests.tasks import make_config, make_tasks
+
+RAY = {"type": "ray", "count": 2, "cpus": 0.4}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory, family: dict[str, Path]) -> Path:
+    folder = tmp_path_factory.mktemp("ray")
+    return make_config(folder, family, make_tasks(folder / "tasks"), workers=RAY)
+
+
+@pytest.fixture(scope="module")
+def setup(config: Path) -> Setup:
+    return set_up(load_config(config), file=config)
+
+
+@pytest.fixture(scope="module")
+def executor(setup: Setup) -> Iterator[Executor]:
+    executor = executor_for(setup, "config.yaml")
+    try:
+        executor.start(setup.baselines["base"])
+        yield executor
+    finally:
+        executor.close()
+
+
+def gather(
+    executor: Executor, works: list[Work], seconds: float = 120
+) -> tuple[dict[str, Result], list[WorkerLost]]:
+    """Submit requests, resubmit lost ones, and return the results and the losses."""
+    waiting = {work.id: work for work in works}
+    results: dict[str, Result] = {}
+    lost = []
+    for work in works:
+        executor.submit(work)
+    end = time.monotonic() + seconds
+    while len(results) < len(works) and time.monotonic() < end:
+        event = executor.next_event(0.2)
+        if isinstance(event, Result):
+            results[event.work] = event
+        elif isinstance(event, WorkerLost):
+            lost.append(event)
+            executor.submit(waiting[event.work])
+    return results, lost
+
+
+def works_of(setup: Setup, names: tuple[str, ...], tag: str) -> list[Work]:
+    return [
+        Work(id=f"{tag}-{name}-{block.index}", recipes=(setup.baselines[name],), block=block)
+        for name in names
+        for block in setup.blocks["search"]
+    ]
+
+
+def test_ray_and_local_workers_score_alike(executor: Executor, setup: Setup) -> None:
+    from evomerge.workers.local import LocalExecutor
+
+    local = LocalExecutor(setup.worker_spec("config.yaml"))
+    works = works_of(setup, ("base", "a", "initial"), "alike")
+    local_print = local.start(setup.baselines["base"])
+    here, _ = gather(local, works)
+    there, lost = gather(executor, works)
+    assert not lost
+    assert {r.fingerprint for r in there.values()} == {local_print}
+    for work in works:
+        assert here[work.id].outcomes[0].scores == there[work.id].outcomes[0].scores
+        assert len(here[work.id].outcomes[0].scores) == len(work.block.items)
+    assert len({r.worker for r in there.values()}) == 2
+
+
+def test_a_killed_worker_is_replaced_and_its_request_reported(executor: Executor, setup: Setup) -> None:
+    import ray
+
+    pids = [ray.get(slot.actor.process_id.remote()) for slot in executor._slots]  # type: ignore[attr-defined]
+    works = works_of(setup, ("b", "c", "uniform", "initial"), "killed")
+    for work in works:
+        executor.submit(work)
+    os.kill(pids[0], signal.SIGKILL)
+    results, lost = {}, []
+    end = time.monotonic() + 120
+    while len(results) < len(works) and time.monotonic() < end:
+        event = executor.next_event(0.2)
+        if isinstance(event, Result):
+            results[event.work] = event
+        elif isinstance(event, WorkerLost):
+            lost.append(event)
+            executor.submit(next(work for work in works if work.id == event.work))
+    assert len(results) == len(works)
+    assert [event.worker for event in lost] == ["worker-0"]
+    assert executor.workers == 2
+
+
+def test_a_worker_that_refuses_its_files_gives_the_users_sentence(
+    family: dict[str, Path], tmp_path: Path, executor: Executor
+) -> None:
+    del executor  # shares the cluster
+    tasks = make_tasks(tmp_path / "tasks")
+    config = make_config(tmp_path, family, tasks, workers={"type": "ray", "count": 1, "cpus": 0.1})
+    setup = set_up(load_config(config), file=config)
+    (tasks / "tiny_a.yaml").unlink()
+    refusing = executor_for(setup, config)
+    with pytest.raises(UserError, match="tiny_a"):
+        refusing.start(setup.baselines["base"])
+    for slot in refusing._slots:  # type: ignore[attr-defined]
+        import ray
+
+        ray.kill(slot.actor)
+
+
+def test_ctrl_c_saves_says_how_to_resume_and_leaves_no_process(config: Path, tmp_path: Path) -> None:
+    mark = uuid.uuid4().hex
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "evomerge", "search", str(config), "--run", str(run)]
+    driver = subprocess.Popen(
+        [*command, "--set", "budget.candidates=4000"],
+        env={**os.environ, "EVOMERGE_TEST_MARK": mark},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    _wait_until(lambda: run.exists() and read_status(run).get("candidates", 0) >= 4)
+    driver.send_signal(signal.SIGINT)
+    _, said = driver.communicate(timeout=60)
+    assert driver.returncode == 75
+    assert f"evomerge resume {run}" in said.splitlines()[-1]
+    _wait_until(lambda: not _marked(mark), seconds=20)
+    status = json.loads((run / "status.json").read_text())
+    assert status["state"] == "stopped"
+    store = open_run(run)
+    told = store.counts()["candidates"]
+    store.close()
+    resumed = evomerge.resume(run, budget={"candidates": told + 4})
+    assert resumed.results["candidates"] == told + 4
+
+
+def _wait_until(condition: object, seconds: float = 120) -> None:
+    assert callable(condition)
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.2)
+
+
+def _marked(mark: str) -> list[str]:
+    """Return the processes that were started by a driver with this mark in its environment."""
+    found = []
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit():
+            try:
+                if mark.encode() in (process / "environ").read_bytes():
+                    found.append(process.name)
+            except OSError:
+                continue
+    return found
