@@ -41,9 +41,9 @@ __all__ = [
 
 if TYPE_CHECKING:
     from evomerge.config import Config, load_config
-    from evomerge.scoring import evaluate
     from evomerge.merging import merge
     from evomerge.recipe import Recipe, load_recipe
+    from evomerge.scoring import evaluate
     from evomerge.searching.run import Run, resume, search
 
 

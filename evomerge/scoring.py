@@ -78,7 +78,7 @@ def evaluate(
     from evomerge.evaluation.engine import HFEngine
     from evomerge.evaluation.statistics import score
     from evomerge.evaluation.suite import Suite
-    from evomerge.merging import Materializer, open_parents, pin
+    from evomerge.merging import Materializer, open_parents, pin, plan_merge
     from evomerge.searching.ranking import values_of
     from evomerge.searching.results import score_dict
     from evomerge.searching.setup import decide_engine
@@ -86,7 +86,7 @@ def evaluate(
     recipe = model if isinstance(model, Recipe) else recipe_of(str(model))
     checkpoints = open_parents(recipe)
     recipe = pin(recipe, checkpoints)
-    donor = checkpoints[recipe.output.tokenizer or next(iter(checkpoints))]
+    donor = checkpoints[plan_merge(recipe, checkpoints).tokenizer]
     config = decide_engine(config, donor)
     tokenizer = load_tokenizer(donor.path)
     built = Suite.build(
@@ -107,7 +107,7 @@ def evaluate(
         blocks = built.blocks(split, seed=config.seed, block_items=10**9, packing=engine.packing)
         table: dict[str, dict[str, Any]] = {}
         for block in blocks:
-            for item in built.score(engine, block):
+            for item in built.score(engine, block, check_degenerate=False):
                 table.setdefault(item.task, {})[item.item] = item
     except CandidateFailed as reason:
         raise UserError(f"{model}: cannot be scored: {reason}") from None

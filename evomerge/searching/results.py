@@ -17,6 +17,7 @@ from evomerge.searching.ranking import values_of
 from evomerge.searching.rundir import RESULTS, write_json
 from evomerge.searching.scheduler import Scheduler
 from evomerge.searching.store import Store
+from evomerge.spaces import undefined_baselines
 
 if TYPE_CHECKING:
     from evomerge.searching.setup import Setup
@@ -57,8 +58,8 @@ def build_results(store: Store, setup: Setup, scheduler: Scheduler) -> dict[str,
             baselines[baseline] = entry
         else:
             baselines["experts"][baseline] = entry
-    if baselines["uniform"] is None:
-        baselines["uniform_reason"] = "a uniform average needs at least two experts"
+    for baseline, reason in undefined_baselines(setup.config).items():
+        baselines[f"{baseline}_reason"] = reason
 
     tests = {name: measured(recipe, setup.blocks["test"]) for name, recipe in setup.baselines.items()}
     tests = {name: table for name, table in tests.items() if not isinstance(table, str)}

@@ -126,6 +126,7 @@ def set_up(config: Config, *, file: Path | str, weights: bool = True) -> Setup:
         name: Source(
             source=refs[name].path,
             revision=refs[name].revision,
+            adapter=refs[name].adapter,
             sha256=checkpoint.sha256 if weights else "0" * 64,
         )
         for name, checkpoint in checkpoints.items()
@@ -146,8 +147,7 @@ def set_up(config: Config, *, file: Path | str, weights: bool = True) -> Setup:
         for split in SPLITS
     }
     per_generation = min(per_generation, len(blocks["search"]))
-    baselines = {"base": baseline_recipes(config, sources)["base"], "initial": space.decode(space.initial)}
-    baselines.update(baseline_recipes(config, sources))
+    baselines = {**baseline_recipes(config, sources), "initial": space.decode(space.initial)}
     return Setup(
         config=config,
         sources=sources,

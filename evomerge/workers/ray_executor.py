@@ -77,7 +77,9 @@ class RayExecutor:
                 prints.append(str(ray.get(slot.task, timeout=START_TIMEOUT)))
             except ray.exceptions.RayTaskError as error:
                 raise _cause(error) from None
-            except (ray.exceptions.RayError, TimeoutError) as error:
+            except ray.exceptions.GetTimeoutError:
+                raise InfrastructureError(self._no_room(slot.name)) from None
+            except ray.exceptions.RayError as error:
                 raise InfrastructureError(f"worker {slot.name} did not start: {_first_line(error)}") from None
             slot.task, slot.starting, slot.held = None, False, recipe.hash
         if len(set(prints)) > 1:
@@ -148,6 +150,7 @@ class RayExecutor:
                 count = self._config.count
                 cpus = _cores() if count == "auto" else max(1, round(int(count) * self._config.cpus))
                 ray.init(
+                    address="local",
                     num_cpus=cpus,
                     include_dashboard=False,
                     object_store_memory=OBJECT_STORE_BYTES,
@@ -191,6 +194,16 @@ class RayExecutor:
             .remote(self._spec, name)
         )
         return _Slot(name=name, actor=actor, task=actor.prepare.remote(self._first))
+
+    def _no_room(self, name: str) -> str:
+        import ray
+
+        free = ray.available_resources()
+        return (
+            f"worker {name} did not start in {START_TIMEOUT:.0f} s; it needs {self._config.cpus:g} CPUs and "
+            f"{self._gpus:g} GPUs, and the cluster has {free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs "
+            "free; lower workers.count, or free the cluster"
+        )
 
     def _assign(self) -> None:
         for slot in self._slots:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from evomerge.config import Engine, Splits, Suite
 from evomerge.environment import prepare
 from evomerge.errors import CandidateFailed, UserError
-from evomerge.evaluation.items import SPLITS, Item, Split
+from evomerge.evaluation.items import SPLITS, Block, Item, ItemScore, Split
 from evomerge.recipe import Recipe, Source
 from evomerge.workers.work import Outcome, Result, Work
 
@@ -46,41 +46,29 @@ class WorkerSpec:
 
 
 class Worker:
-    """Materialises recipes and scores blocks, one request at a time."""
+    """Materialises recipes and scores blocks, one request at a time.
+
+    Construction costs nothing; `prepare` comes first and sets everything up.
+    """
 
     def __init__(self, spec: WorkerSpec, name: str = "local") -> None:
-        prepare(offline=spec.offline)
-        import torch
-
-        from evomerge.checkpoints import load_tokenizer, open_checkpoint
-        from evomerge.evaluation.suite import Suite as BuiltSuite
-        from evomerge.merging import Materializer
-
-        if spec.engine.device == "cpu":
-            torch.set_num_threads(1)
         self.name = name
         self._spec = spec
-        self._checkpoints: dict[str, Checkpoint] = {
-            name: open_checkpoint(source.source, revision=source.revision, name=name)
-            for name, source in spec.sources.items()
-        }
-        for name, source in spec.sources.items():
-            if self._checkpoints[name].sha256 != source.sha256:
-                raise UserError(
-                    f"{source.source}: this worker sees other weights of '{name}' than the driver; "
-                    "let all machines see the same files"
-                )
-        self._tokenizer = load_tokenizer(self._checkpoints[spec.tokenizer].path)
-        self._suite = BuiltSuite.build(
-            spec.suite, spec.splits, self._tokenizer, splits_needed=spec.splits_needed, file=spec.config_file
-        )
-        self._materializer = Materializer(self._checkpoints, device=spec.engine.device)
-        self._held = ""
-        self._engine: HFEngine | None = None
+        self._bench: _Bench | None = None
 
     def prepare(self, recipe: Recipe) -> str:
-        """Materialise a first recipe and return the engine's fingerprint."""
-        return self._hold(recipe).fingerprint
+        """Open the parents, build the suite, materialise a first recipe; return the engine's fingerprint.
+
+        Raises:
+            UserError: the files are not what the driver saw, or the first recipe cannot be scored at all.
+        """
+        self._bench = _Bench(self._spec)
+        try:
+            return self._bench.hold(recipe).fingerprint
+        except CandidateFailed as reason:
+            raise UserError(
+                f"{next(iter(self._spec.sources.values())).source}: cannot be scored: {reason}"
+            ) from None
 
     def process_id(self) -> int:
         """Return the id of the process that the worker lives in."""
@@ -92,41 +80,53 @@ class Worker:
         Raises:
             MemoryError: the host's or the device's memory is exhausted, whatever torch calls it.
         """
+        bench = self._ready()
         try:
-            outcomes = tuple(self._score(recipe, work) for recipe in work.recipes)
+            outcomes = tuple(_score(bench, recipe, work.block) for recipe in work.recipes)
         except RuntimeError as error:
             if _is_out_of_memory(error):
                 raise MemoryError(str(error).splitlines()[0]) from None
             raise
-        fingerprint = self._engine.fingerprint if self._engine is not None else ""
-        return Result(work=work.id, outcomes=outcomes, fingerprint=fingerprint, worker=self.name)
+        return Result(work=work.id, outcomes=outcomes, fingerprint=bench.fingerprint, worker=self.name)
 
     def preview(self, recipe: Recipe, items: Sequence[Item]) -> list[Preview]:
         """Let a recipe answer single items, and show prompt, answer, extracted value and score."""
-        engine = self._hold(recipe)
-        return [self._suite.preview(engine, item) for item in items]
+        bench = self._ready()
+        engine = bench.hold(recipe)
+        return [bench.suite.preview(engine, item) for item in items]
 
-    def _score(self, recipe: Recipe, work: Work) -> Outcome:
-        started = time.perf_counter()
-        merged = started
-        try:
-            engine = self._hold(recipe)
-            merged = time.perf_counter()
-            scores = tuple(self._suite.score(engine, work.block))
-            failure = None
-        except CandidateFailed as reason:
-            scores, failure = (), str(reason)
-            merged = max(merged, started)
-        return Outcome(
-            recipe=recipe.hash,
-            scores=scores,
-            failure=failure,
-            merge_seconds=merged - started,
-            score_seconds=time.perf_counter() - merged,
+    def _ready(self) -> _Bench:
+        if self._bench is None:
+            raise RuntimeError("a worker must be prepared before it is asked for anything")
+        return self._bench
+
+
+class _Bench:
+    """What a prepared worker holds: parents, suite, one live model and its engine."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        prepare(offline=spec.offline)
+        import torch
+
+        from evomerge.checkpoints import load_tokenizer
+        from evomerge.evaluation.suite import Suite as BuiltSuite
+        from evomerge.merging import Materializer
+
+        if spec.engine.device == "cpu":
+            torch.set_num_threads(1)
+        checkpoints = _open(spec.sources)
+        self._tokenizer = load_tokenizer(checkpoints[spec.tokenizer].path)
+        self._materializer = Materializer(checkpoints, device=spec.engine.device)
+        self._settings = spec.engine
+        self._held = ""
+        self._engine: HFEngine | None = None
+        self.fingerprint = ""
+        self.suite = BuiltSuite.build(
+            spec.suite, spec.splits, self._tokenizer, splits_needed=spec.splits_needed, file=spec.config_file
         )
 
-    def _hold(self, recipe: Recipe) -> HFEngine:
-        """Make the live model be this recipe's, unless it is already."""
+    def hold(self, recipe: Recipe) -> HFEngine:
+        """Make the live model be this recipe's, unless it is already; return the engine around it."""
         from evomerge.evaluation.engine import HFEngine
 
         if self._engine is None or self._held != recipe.hash:
@@ -136,12 +136,54 @@ class Worker:
                 self._engine = HFEngine(
                     model,
                     self._tokenizer,
-                    batch_tokens=int(self._spec.engine.batch_tokens),
-                    max_length=int(self._spec.engine.max_length or 0),
-                    device=self._spec.engine.device,
+                    batch_tokens=int(self._settings.batch_tokens),
+                    max_length=self._settings.max_length,
+                    device=self._settings.device,
                 )
+                self.fingerprint = self._engine.fingerprint
             self._held = recipe.hash
         return self._engine
+
+
+def _open(sources: Mapping[str, Source]) -> dict[str, Checkpoint]:
+    """Open the parents and check that they are the ones that the driver saw."""
+    from evomerge.checkpoints import open_checkpoint
+
+    opened = {}
+    for name, source in sources.items():
+        opened[name] = open_checkpoint(
+            source.source, revision=source.revision, adapter=source.adapter, name=name
+        )
+        if opened[name].sha256 != source.sha256:
+            raise UserError(
+                f"{source.source}: this worker sees other weights of '{name}' than the driver; let all machines "
+                "see the same files"
+            )
+    return opened
+
+
+def _score(bench: _Bench, recipe: Recipe, block: Block) -> Outcome:
+    """Score one recipe on one block.
+
+    Degenerate answers fail a candidate of the search, so that it is not rewarded for them; validation and
+    test report what every model earns.
+    """
+    started = merged = time.perf_counter()
+    scores: tuple[ItemScore, ...] = ()
+    failure = None
+    try:
+        engine = bench.hold(recipe)
+        merged = time.perf_counter()
+        scores = tuple(bench.suite.score(engine, block, check_degenerate=block.split == "search"))
+    except CandidateFailed as reason:
+        failure = str(reason)
+    return Outcome(
+        recipe=recipe.hash,
+        scores=scores,
+        failure=failure,
+        merge_seconds=merged - started,
+        score_seconds=time.perf_counter() - merged,
+    )
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

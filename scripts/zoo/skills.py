@@ -67,7 +67,7 @@ def _larger(rng: random.Random) -> Item:
 
 
 def _reverse(rng: random.Random) -> Item:
-    word = _letters(rng, 4)
+    word = _letters(rng, 5)
     return Item(f"reverse {word}=", word[::-1], word)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,10 +28,10 @@ def canonical(run: Path) -> dict[str, list[tuple[object, ...]]]:
 @pytest.fixture(scope="module")
 def finished(
     tmp_path_factory: pytest.TempPathFactory, family: dict[str, Path], tasks: Path
-) -> Iterator[tuple[Path, evomerge.Run]]:
+) -> tuple[Path, evomerge.Run]:
     folder = tmp_path_factory.mktemp("finished")
     config = make_config(folder, family, tasks)
-    yield config, evomerge.search(config, run=folder / "run")
+    return config, evomerge.search(config, run=folder / "run")
 
 
 def test_results_hold_everybody_on_unseen_items(finished: tuple[Path, evomerge.Run]) -> None:

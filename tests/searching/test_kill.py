@@ -59,7 +59,12 @@ def test_a_killed_run_resumes_to_the_same_tables(
                 kill_after=moments.uniform(0.1, 1.0) * whole,
             )
             interrupted += os.WIFSIGNALED(status)
-        assert os.WEXITSTATUS(in_child(lambda folder=folder: evomerge.search(config, run=folder, continue_=True))) == 0
+        assert (
+            os.WEXITSTATUS(
+                in_child(lambda folder=folder: evomerge.search(config, run=folder, continue_=True))
+            )
+            == 0
+        )
         assert canonical(folder) == expected
         assert (folder / "recipe.yaml").read_text() == (undisturbed.path / "recipe.yaml").read_text()
     assert interrupted >= 3

@@ -153,8 +153,9 @@ def test_ctrl_c_saves_says_how_to_resume_and_leaves_no_process(config: Path, tmp
     store = open_run(run)
     told = store.counts()["candidates"]
     store.close()
-    resumed = evomerge.resume(run, budget={"candidates": told + 4})
-    assert resumed.results["candidates"] == told + 4
+    resume = [sys.executable, "-m", "evomerge", "resume", str(run), "--budget", f"candidates={told + 4}"]
+    assert subprocess.run(resume, capture_output=True, timeout=120).returncode == 0
+    assert evomerge.Run(run).results["candidates"] == told + 4
 
 
 def _wait_until(condition: object, seconds: float = 120) -> None:
