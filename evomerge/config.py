@@ -9,15 +9,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from evomerge.checkpoints.names import ROLES, Role
 from evomerge.errors import UserError, nearest
 from evomerge.methods.registry import get_method
 from evomerge.overrides import overridden
 from evomerge.recipe import expand_home, resolve_source
-from evomerge.schema import Frozen, Number, Whole, dump_yaml, read_yaml, shown, validate
+from evomerge.schema import Frozen, Number, Positive, Whole, dump_yaml, read_yaml, shown, validate
+from evomerge.space_config import Space
 
 Auto = Literal["auto"]
-Positive = Annotated[Whole, Field(gt=0)]
 
 RESERVED = ("base", "initial", "uniform", "merge", "expert", "shared")
 """Names that an expert cannot have: those of baselines and merges, and the words of `per`."""
@@ -72,172 +71,6 @@ class Models(Frozen):
             if name in RESERVED:
                 raise ValueError(f"'{name}' is a reserved name; call the expert something else")
         return experts
-
-
-class Groups(Frozen):
-    """Depth cut into n groups of consecutive layers, one value each."""
-
-    groups: Positive
-
-
-class Smooth(Frozen):
-    """b control values at equal depths, linear in between."""
-
-    smooth: Annotated[Whole, Field(ge=2)]
-
-
-Depth = Literal["global", "layers"] | Groups | Smooth
-
-
-class ParameterSpec(Frozen):
-    """How one merge parameter is set: fixed (`value`), searched in a `range`, or out of `choices`.
-
-    Attributes:
-        per: ``expert`` (each its own), ``shared``, or the name of one expert; None: by the method's scope.
-        depth: how the value may change with depth.
-        roles: ``all``, or the roles that get values of their own; ``other`` is the remainder.
-        tensors: shell-style pattern on tensor names; the specification holds for those only.
-    """
-
-    value: bool | float | str | None = None
-    range: tuple[Number, Number] | None = None
-    choices: tuple[bool | float | str, ...] | None = None
-    initial: bool | float | str | None = None
-    log: bool = False
-    integer: bool = False
-    per: str | None = None
-    depth: Depth = "global"
-    roles: Literal["all"] | tuple[Role, ...] = "all"
-    tensors: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_literal(cls, data: Any) -> Any:
-        return data if isinstance(data, dict | ParameterSpec) else {"value": data}
-
-    @field_validator("roles", mode="before")
-    @classmethod
-    def _known_roles(cls, roles: Any) -> Any:
-        if isinstance(roles, str) and roles != "all":
-            raise ValueError(
-                f"'{roles}' is not accepted: give all, or a list of roles, e.g. [attention, mlp, other]"
-            )
-        for role in roles if isinstance(roles, list | tuple) else []:
-            if role not in ROLES:
-                raise ValueError(
-                    f"unknown role '{role}'{nearest(str(role), ROLES)}; roles: {', '.join(ROLES)}"
-                )
-        return roles
-
-    @field_validator("range", mode="before")
-    @classmethod
-    def _two_ends(cls, ends: Any) -> Any:
-        if ends is not None and not (isinstance(ends, list | tuple) and len(ends) == 2):
-            raise ValueError(f"{shown(ends)} is not accepted: give two numbers, [low, high]")
-        return ends
-
-    @field_validator("depth", mode="before")
-    @classmethod
-    def _known_depth(cls, depth: Any) -> Any:
-        if isinstance(depth, dict) and len(depth) == 1 and not depth.keys().isdisjoint(("groups", "smooth")):
-            return Groups(**depth) if "groups" in depth else Smooth(**depth)
-        if depth not in ("global", "layers") and not isinstance(depth, Groups | Smooth):
-            raise ValueError(
-                f"{shown(depth)} is not accepted: give global, layers, {{groups: n}} with n >= 1, "
-                "or {smooth: b} with b >= 2"
-            )
-        return depth
-
-    @model_validator(mode="after")
-    def _one_kind(self) -> ParameterSpec:
-        given = [k for k in ("value", "range", "choices") if getattr(self, k) is not None]
-        if not given:
-            raise ValueError(
-                "nothing is given; write a plain value, {range: [low, high]} or {choices: [...]}"
-            )
-        if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} exclude each other; give one of them")
-        if self.range is not None:
-            self._check_range(*self.range)
-        elif self.log or self.integer:
-            raise ValueError(f"{'log' if self.log else 'integer'}: needs a range")
-        if self.choices is not None:
-            if len(set(self.choices)) < max(2, len(self.choices)):
-                raise ValueError(
-                    f"choices: {shown(self.choices)} is not accepted: give two or more different values"
-                )
-            if self.initial is not None and self.initial not in self.choices:
-                raise ValueError(
-                    f"initial: {shown(self.initial)} is not one of the choices {shown(self.choices)}"
-                )
-        if self.value is not None and self.initial is not None:
-            raise ValueError("initial: a fixed value has none; leave it out")
-        return self
-
-    def _check_range(self, low: float, high: float) -> None:
-        ends = shown([low, high])
-        if not low < high:
-            raise ValueError(f"range: {ends} is empty; the first number must be the smaller one")
-        if self.log and low <= 0:
-            raise ValueError(f"range: {ends} is not accepted: with log it must start above 0")
-        start = low if self.initial is None else self.initial
-        if isinstance(start, bool | str) or not low <= start <= high:
-            raise ValueError(f"initial: {shown(start)} lies outside the range {ends}")
-
-    @property
-    def searched(self) -> bool:
-        """Whether the optimiser varies it."""
-        return self.value is None
-
-
-class Space(Frozen):
-    """What may vary: the parameters of one merge method, over experts, depth and roles."""
-
-    type: Literal["coefficients"] = "coefficients"
-    method: str
-    dialect: Literal["paper", "mergekit"] = "paper"
-    parameters: dict[str, tuple[ParameterSpec, ...]] = Field(default_factory=dict)
-
-    @field_validator("parameters", mode="before")
-    @classmethod
-    def _lists(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        return {name: value if isinstance(value, list | tuple) else [value] for name, value in data.items()}
-
-    @field_validator("method")
-    @classmethod
-    def _known_method(cls, name: str) -> str:
-        return get_method(name).name
-
-    @model_validator(mode="after")
-    def _fits_method(self) -> Space:
-        method = get_method(self.method)
-        known = {parameter.name: parameter for parameter in method.parameters}
-        if self.dialect not in method.dialects:
-            raise ValueError(
-                f"dialect: {method.name} has no dialect {self.dialect} (known: {', '.join(method.dialects)})"
-            )
-        for name, specs in self.parameters.items():
-            if not specs:
-                raise ValueError(
-                    f"parameters.{name}: is empty; write a plain value or {{range: [low, high]}}"
-                )
-            if name not in known:
-                hint = nearest(name, known) or f" (known: {', '.join(known)})"
-                raise ValueError(f"parameters: {method.name} has no parameter '{name}'{hint}")
-            for spec in specs:
-                for key in ("value", "range", "choices"):
-                    given = getattr(spec, key)
-                    place = f"parameters.{name}" if key == "value" else f"parameters.{name}.{key}"
-                    for value in given if isinstance(given, tuple) else () if given is None else (given,):
-                        known[name].check(value, place)
-                if spec.per not in (None, "shared") and known[name].scope == "shared":
-                    raise ValueError(
-                        f"parameters.{name}.per: '{spec.per}' is not accepted: "
-                        f"{method.name} has one {name} for all inputs"
-                    )
-        return self
 
 
 class OptimizerConfig(Frozen):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticKnownError
 
 from evomerge.errors import UserError, at, nearest
@@ -54,6 +54,9 @@ Number = Annotated[float, BeforeValidator(_number)]
 
 Whole = Annotated[int, BeforeValidator(_whole)]
 """An int that `true` does not pass for."""
+
+Positive = Annotated[Whole, Field(gt=0)]
+"""An int of at least 1."""
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from evomerge.config import Config, Groups, ParameterSpec, Smooth, load_config, parse_config
+from evomerge.config import Config, load_config, parse_config
 from evomerge.errors import UserError
 from evomerge.schema import parse_yaml
+from evomerge.space_config import Groups, ParameterSpec, Smooth
 
 EXAMPLE = """\
 version: 1

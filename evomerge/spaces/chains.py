@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from evomerge.checkpoints.names import ROLES, Role
-from evomerge.config import ParameterSpec
 from evomerge.methods.registry import Parameter
+from evomerge.space_config import ParameterSpec
 
 SHARED = ""
 """Stands for all experts together."""

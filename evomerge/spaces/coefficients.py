@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from evomerge.checkpoints.names import ROLES, Position, Role
-from evomerge.config import Config, Depth, ParameterSpec, Smooth
+from evomerge.config import Config
 from evomerge.errors import UserError
 from evomerge.methods.registry import Parameter, get_method
 from evomerge.recipe import Merge, Output, Recipe, Rule, Scalar, Source, Value
+from evomerge.space_config import Depth, ParameterSpec, Smooth
 from evomerge.spaces.chains import SHARED, Tier, recipient_of, slots, tiers_by_role
 from evomerge.spaces.depth import check_depth, control_names, over_depth, positions
 from evomerge.spaces.describe import describe_recipe, show, table

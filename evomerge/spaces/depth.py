@@ -9,8 +9,8 @@ import math
 from collections.abc import Sequence
 
 from evomerge.checkpoints.names import Position
-from evomerge.config import Depth, Groups, Smooth
 from evomerge.recipe import Scalar
+from evomerge.space_config import Depth, Groups, Smooth
 
 
 def positions(layers: int) -> tuple[Position, ...]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from evomerge.config import ParameterSpec
 from evomerge.recipe import Scalar
+from evomerge.space_config import ParameterSpec
 from evomerge.spaces.genotype import Coordinate
 
 

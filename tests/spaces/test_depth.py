@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evomerge.config import Groups, Smooth
+from evomerge.space_config import Groups, Smooth
 from evomerge.spaces.depth import check_depth, control_names, over_depth, positions
 
 finite = st.floats(-3, 3)
