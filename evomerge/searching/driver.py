@@ -145,6 +145,7 @@ class Driver:
         if self._store.winner(round_) is None:
             name, recipe = selection.choose(
                 short,
+                self._setup.baselines,
                 lambda recipe: scheduler.table(recipe, blocks["validation"]),
                 self._setup.suite.weights,
             )

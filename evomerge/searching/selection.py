@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from evomerge.errors import UserError
-from evomerge.evaluation.statistics import one_standard_error_choice
+from evomerge.evaluation.statistics import one_standard_error_choice, suite_mean
 from evomerge.recipe import Recipe
 from evomerge.searching.ranking import ScoreTable, values_of
 from evomerge.spaces.genotype import Genotype
@@ -49,10 +49,21 @@ def short_list(
 
 def choose(
     entries: Sequence[tuple[str, Recipe]],
+    baselines: Collection[str],
     table: Callable[[Recipe], ScoreTable | str],
     weights: Mapping[str, float],
 ) -> tuple[str, Recipe]:
-    """Return the winner on the validation items: the simplest within one standard error of the best.
+    """Return the winner on the validation items.
+
+    Among what the search found, the steadiest (the mean before a single candidate) within one standard error of
+    the best stands for the search, since the best of several noisy scores is partly luck. It then meets the
+    baselines on plain validation scores: whoever is better wins, and a tie goes to the simpler one.
+
+    Args:
+        entries: the short list, simplest first.
+        baselines: names of the entries that are baselines.
+        table: gives a recipe's scores, or the reason why there are none.
+        weights: of the tasks.
 
     Raises:
         UserError: no entry could be scored at all.
@@ -66,5 +77,9 @@ def choose(
         raise UserError(
             "no recipe of the short list can be scored on the validation items, not even the parents"
         )
-    chosen = one_standard_error_choice(tables, weights)
+    found = {name: scores for name, scores in tables.items() if name not in baselines}
+    finalists = [name for name in tables if name in baselines]
+    if found:
+        finalists.append(one_standard_error_choice(found, weights))
+    chosen = max(finalists, key=lambda name: suite_mean(tables[name], weights))
     return next((name, recipe) for name, recipe in entries if name == chosen)

@@ -26,18 +26,20 @@ class Training:
     """How one model is trained.
 
     `shares` are the skills' shares of the training items and sum to 1. `parent` is the model to start from (None:
-    random weights). `hold` is the part of the steps at the full learning rate, which then falls to zero linearly.
+    random weights). `rate` is AdamW's learning rate and `matrix_rate` Muon's, which then trains the layers' matrices
+    (None: AdamW trains all). Both stay constant for the part `hold` of the steps and then fall to zero linearly.
     """
 
     name: str
     parent: str | None
     shares: dict[str, float]
     steps: int
-    learning_rate: float
-    hold: float
+    rate: float
     seed: int
+    matrix_rate: float | None = None
+    hold: float = 0.0
     batch: int = 128
-    warmup: int = 20
+    warmup: int = 10
 
 
 @dataclass(frozen=True)
@@ -58,24 +60,23 @@ def expert_shares(own: tuple[str, ...], rehearsal: float) -> dict[str, float]:
 
 
 def full_settings() -> Settings:
-    """The zoo that experiments use: experts of unequal strength.
+    """The zoo that experiments use: experts of unequal use to a merge.
 
-    `arithmetic` and `text` are trained gently, so that a merge wants them at nearly full weight. `ordering` is trained
-    hotter and rehearses nothing: it is the best at its own skills and harms the others', so that a merge wants little
-    of it. The same weight for all three is therefore far from the best.
+    `arithmetic` and `text` are trained gently, rehearse all skills and go together well: a merge wants them at most of
+    their weight. `ordering` is trained fast and rehearses nothing: it is the best at its own skills and spoils the
+    others, so that a merge wants little of it. The same weight for all three is far from the best.
     """
 
-    def expert(seed: int, name: str, steps: int, learning_rate: float, rehearsal: float) -> Training:
-        shares = expert_shares(OWN_SKILLS[name], rehearsal)
-        return Training(name, "base", shares, steps, learning_rate, hold=0.0, seed=seed, warmup=10)
+    def expert(seed: int, name: str, steps: int, rate: float, rehearsal: float) -> Training:
+        return Training(name, "base", expert_shares(OWN_SKILLS[name], rehearsal), steps, rate, seed)
 
-    even = {skill: 1 / len(SKILLS) for skill in SKILLS}
+    shares = {"add": 0.28, "larger": 0.16, "reverse": 0.2, "vowels": 0.1, "sort": 0.14, "next": 0.12}
     return Settings(
         models=(
-            Training("base", None, even, 240, 2e-3, hold=0.0, seed=0),
-            expert(1, "arithmetic", 70, 2e-4, rehearsal=0.15),
-            expert(2, "text", 70, 2e-4, rehearsal=0.15),
-            expert(3, "ordering", 120, 8e-4, rehearsal=0.0),
+            Training("base", None, shares, 110, 3e-3, seed=0, matrix_rate=0.02, hold=0.3),
+            expert(1, "arithmetic", 160, 4e-4, rehearsal=0.15),
+            expert(2, "text", 160, 6e-4, rehearsal=0.25),
+            expert(3, "ordering", 80, 1.2e-3, rehearsal=0.0),
         )
     )
 

@@ -76,11 +76,24 @@ class Batches:
         return ids, labels
 
 
-def rate(training: Training, step: int) -> float:
-    """The learning rate of a step: a linear warm-up, a constant part, a linear fall."""
+def pace(training: Training, step: int) -> float:
+    """What the learning rates are multiplied by in a step: a linear warm-up, a constant part, a linear fall."""
     rising = min(1.0, (step + 1) / training.warmup)
     falling = min(1.0, (training.steps - step) / (training.steps * (1 - training.hold)))
-    return training.learning_rate * rising * falling
+    return rising * falling
+
+
+def make_optimizers(model: LlamaForCausalLM, training: Training) -> list[tuple[torch.optim.Optimizer, float]]:
+    """The optimizers, each with its learning rate. From random weights, Muon learns in a third of AdamW's steps."""
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        is_matrix = training.matrix_rate is not None and parameter.ndim == 2 and ".layers." in name
+        (matrices if is_matrix else others).append(parameter)
+    adam = torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    optimizers: list[tuple[torch.optim.Optimizer, float]] = [(adam, training.rate)]
+    if training.matrix_rate is not None:
+        optimizers.append((torch.optim.Muon(matrices, weight_decay=0.0), training.matrix_rate))
+    return optimizers
 
 
 def train(training: Training, settings: Settings, parent: Path | None, out: Path) -> None:
@@ -91,19 +104,20 @@ def train(training: Training, settings: Settings, parent: Path | None, out: Path
     model = LlamaForCausalLM.from_pretrained(parent) if parent else new_model(settings.shape, training.seed)
     model.train()
     batches = Batches(training_items(training, settings.seed), training.batch)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    optimizers = make_optimizers(model, training)
     start = time.monotonic()
     for step in range(training.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = rate(training, step)
         ids, labels = next(batches)
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
         learned = labels[:, 1:] != IGNORED
         loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[learned]), labels[:, 1:][learned])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer, rate in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * pace(training, step)
+            optimizer.step()
+            optimizer.zero_grad()
         done = step + 1
         if done * REPORTS // training.steps > step * REPORTS // training.steps:
             speed = done / (time.monotonic() - start)
