@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from evomerge import __version__
 from evomerge.environment import prepare
-from evomerge.errors import EvomergeError, UserError
+from evomerge.errors import EvomergeError, Stopped, UserError
 
 DESCRIPTION = """\
 Find the best model that can be merged from a handful of fine-tuned checkpoints.
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"evomerge: {error}" if error.exit_code != 75 else str(error), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("Stopped before anything was started.", file=sys.stderr)
+        print("Stopped.", file=sys.stderr)
         return 75
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -255,9 +255,24 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _merge(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
     from evomerge.merging import merge
 
-    print(merge(options.recipe, options.out, max_shard_size=options.max_shard_size))
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    try:
+        with Progress(*columns, console=console, disable=not console.is_terminal) as display:
+            task = display.add_task("reading the parents", total=None)
+
+            def show(done: int, total: int) -> None:
+                display.update(task, description="merging", completed=done, total=total)
+
+            out = merge(options.recipe, options.out, max_shard_size=options.max_shard_size, progress=show)
+    except KeyboardInterrupt:
+        raise Stopped(f"Stopped; {options.out} was not written.") from None
+    print(out)
     return 0
 
 

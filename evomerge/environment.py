@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
@@ -15,6 +16,10 @@ QUIET = {
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
     "DISABLE_MULTIPROC": "1",
 }
+QUIET_IF_LOADED = (
+    ("datasets.config", "HF_UPDATE_DOWNLOAD_COUNTS", False),
+    ("huggingface_hub.constants", "HF_HUB_DISABLE_TELEMETRY", True),
+)
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
 
@@ -22,13 +27,17 @@ def prepare(*, offline: bool = True, threads: int | None = 1) -> None:
     """Set telemetry, network and thread variables of this process and of those it starts.
 
     Call it before the first import of torch, ray, datasets or lm-eval: most of them read their variables
-    once. Variables that the user has set win, except the telemetry switches.
+    once. Variables that the user has set win, except the telemetry switches, which also reach libraries
+    that a notebook has imported before.
 
     Args:
         offline: forbid hub access (no model of the config is a hub id).
         threads: cap of the arithmetic libraries' thread pools; None leaves them alone.
     """
     os.environ.update(QUIET)
+    for module, constant, state in QUIET_IF_LOADED:
+        if module in sys.modules:
+            setattr(sys.modules[module], constant, state)
     if offline:
         for name, value in OFFLINE.items():
             os.environ.setdefault(name, value)

@@ -97,8 +97,9 @@ class Rule(Frozen):
 class Merge(Frozen):
     """One merge of whole models.
 
-    For each parameter of a tensor the first rule that matches the tensor and sets the parameter gives its
-    value; then the merge's own `parameters`, then the method's default. The method is found likewise.
+    For each parameter of a tensor, and for each input where values are given by name, the first rule that
+    matches the tensor and sets it gives the value; then the merge's own `parameters`, then the method's
+    default. The method is found likewise.
     """
 
     method: str
@@ -121,7 +122,10 @@ class Merge(Frozen):
         values: dict[str, Value] = {}
         for source in (*sources, self.parameters, get_method(method).defaults()):
             for name, value in source.items():
-                values.setdefault(name, value)
+                found = values.setdefault(name, value)
+                if isinstance(found, dict):
+                    rest = value if isinstance(value, dict) else dict.fromkeys(self.inputs, value)
+                    values[name] = {**rest, **found}
         known = {parameter.name for parameter in get_method(method).parameters}
         return method, {name: value for name, value in values.items() if name in known}
 
@@ -358,10 +362,10 @@ def _check_value(parameter: Parameter, value: Value, inputs: Sequence[str], plac
 
 def _canonical_merge(merge: Merge, digests: Mapping[str, str]) -> dict[str, Any]:
     methods = [get_method(name) for name in merge.methods]
-    needs_base = any(method.base != "unused" for method in methods)
     return {
         "method": merge.method,
-        "base": digests[merge.base] if merge.base and needs_base else None,
+        # Also where no method reads it: the base gives the output its config and number format.
+        "base": digests[merge.base] if merge.base else None,
         "inputs": [digests[name] for name in merge.inputs],
         "dialect": merge.dialect,
         "parameters": {method.name: _fallbacks(method, merge) for method in methods},

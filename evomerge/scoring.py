@@ -19,7 +19,7 @@ class Evaluation:
     """A model's scores on one split of a suite.
 
     Attributes:
-        model: as named by the caller.
+        model: as named by the caller; a `Recipe` by its hash.
         split: the item set.
         score: ``{mean, ci95, n, tasks: {name: {mean, ci95, n}}}`` in the metrics' own units.
         metrics: metric of each task.
@@ -73,19 +73,23 @@ def evaluate(
         UserError: the model or the config; also if the model's answers cannot be scored.
     """
     config = suite if isinstance(suite, Config) else load_config(suite, overrides)
-    prepare(offline=not config.uses_hub)
+    recipe = model if isinstance(model, Recipe) else recipe_of(str(model))
+    prepare(offline=not (config.uses_hub or _uses_hub(recipe)))
+    from evomerge.merging import open_parents, pin, plan_merge
+
+    # Before the imports below, which take seconds: a mistyped model is told at once.
+    checkpoints = open_parents(recipe)
     from evomerge.checkpoints import load_tokenizer
     from evomerge.evaluation.engine import HFEngine
     from evomerge.evaluation.statistics import score
     from evomerge.evaluation.suite import Suite
-    from evomerge.merging import Materializer, open_parents, pin, plan_merge
+    from evomerge.merging import Materializer
     from evomerge.searching.ranking import values_of
     from evomerge.searching.results import score_dict
     from evomerge.searching.setup import decide_engine
 
-    recipe = model if isinstance(model, Recipe) else recipe_of(str(model))
-    checkpoints = open_parents(recipe)
     recipe = pin(recipe, checkpoints)
+    label = f"recipe {recipe.hash}" if isinstance(model, Recipe) else str(model)
     donor = checkpoints[plan_merge(recipe, checkpoints).tokenizer]
     config = decide_engine(config, donor)
     tokenizer = load_tokenizer(donor.path)
@@ -110,11 +114,11 @@ def evaluate(
             for item in built.score(engine, block, check_degenerate=False):
                 table.setdefault(item.task, {})[item.item] = item
     except CandidateFailed as reason:
-        raise UserError(f"{model}: cannot be scored: {reason}") from None
+        raise UserError(f"{label}: cannot be scored: {reason}") from None
     raw = all(task.higher_is_better for task in built.tasks)
     result = score(values_of(table, raw=raw), built.weights, seed=config.seed)
     return Evaluation(
-        model=str(model) if not isinstance(model, Recipe) else recipe.hash,
+        model=label,
         split=split,
         score=score_dict(result),
         metrics={task.name: task.metric for task in built.tasks},
@@ -128,6 +132,8 @@ def recipe_of(text: str) -> Recipe:
     if path.is_file():
         return load_recipe(path)
     if (path / "run.db").exists():
+        if not (path / "recipe.yaml").exists():
+            raise UserError(f"{path}: this run has no recipe yet; its first generation is not complete")
         return load_recipe(path / "recipe.yaml")
     source = str(path.resolve()) if path.exists() else text
     return Recipe(
@@ -135,3 +141,8 @@ def recipe_of(text: str) -> Recipe:
         merges={"merged": Merge(method="linear", inputs=("model",), parameters={"weight": 1.0})},
         output=Output(tokenizer="model", chat_template="model"),
     )
+
+
+def _uses_hub(recipe: Recipe) -> bool:
+    """Whether a model of a recipe is no folder here, so that the network may be needed."""
+    return any(not Path(source.source).expanduser().exists() for source in recipe.models.values())

@@ -122,11 +122,20 @@ def test_the_base_counts_where_only_a_rule_needs_it() -> None:
         data = copy.deepcopy(LINEAR)
         data["models"]["base"]["sha256"] = digest
         merge_of(data)["base"] = "base"
-        assert Recipe.from_dict(data).hash == Recipe.from_dict(LINEAR).hash
         merge_of(data)["rules"] = [{"roles": ["mlp"], "method": "ties"}]
         return Recipe.from_dict(data)
 
     assert with_base(A).hash != with_base(D).hash
+
+
+def test_a_base_that_no_method_reads_counts_because_the_output_takes_its_config_from_it() -> None:
+    def with_base(digest: str) -> Recipe:
+        data = copy.deepcopy(LINEAR)
+        data["models"]["base"]["sha256"] = digest
+        merge_of(data)["base"] = "base"
+        return Recipe.from_dict(data)
+
+    assert len({with_base(A).hash, with_base(D).hash, Recipe.from_dict(LINEAR).hash}) == 3
 
 
 def test_the_seed_counts_for_random_methods_only() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import glob
 import json
 import math
 import os
@@ -56,7 +58,8 @@ class CheckpointWriter:
     """Writes one checkpoint folder; nothing is seen of it until `commit` has put it in place.
 
     A context manager. Everything goes to a hidden folder beside `out`, which `commit` renames to `out`;
-    leaving the context without a commit removes it. `write` may be called from several threads, in any order,
+    leaving the context without a commit removes it, and the next writer for `out` removes what a killed one
+    left behind. `write` may be called from several threads, in any order,
     with chunks of any size; resident memory does not grow with the checkpoint.
 
     Args:
@@ -95,6 +98,7 @@ class CheckpointWriter:
         self._folder = self.out.with_name(f".{self.out.name}.{secrets.token_hex(4)}.partial")
         self._made: list[Path] = []
         self._descriptors: list[int] = []
+        self._folder_lock: int | None = None
         self._places: dict[str, _Place] = {}
         self._written: dict[str, list[tuple[int, int]]] = {name: [] for name, _, _ in self._layout}
         self._lock = threading.Lock()
@@ -151,14 +155,19 @@ class CheckpointWriter:
         with self._lock:
             self._written[name].append((start_element, end))
 
-    def commit(self) -> Path:
+    def commit(self, extra: Mapping[str, str] | None = None) -> Path:
         """Finish the checkpoint, move it to `out`, and return that path.
+
+        Args:
+            extra: further text files that belong to the checkpoint, by name.
 
         Raises:
             ValueError: a tensor has not been written from end to end, once.
         """
         self._check_written()
         try:
+            for name, text in (extra or {}).items():
+                (self._folder / name).write_text(text, encoding="utf-8")
             self._write_structure()
             for descriptor in self._descriptors:
                 os.fsync(descriptor)
@@ -184,10 +193,21 @@ class CheckpointWriter:
             )
 
     def _make_folders(self) -> None:
+        self._remove_abandoned()
         missing = [parent for parent in self.out.parents if not parent.exists()]
         for folder in (*reversed(missing), self._folder):
             folder.mkdir()
             self._made.append(folder)
+        self._folder_lock = _lock(self._folder)
+
+    def _remove_abandoned(self) -> None:
+        """Remove hidden folders of writers for the same `out` whose process is gone."""
+        pattern = glob.escape(f".{self.out.name}.") + "[0-9a-f]" * 8 + ".partial"
+        for folder in self.out.parent.glob(pattern):
+            lock = _lock(folder)
+            if lock is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+                os.close(lock)
 
     def _refuse_full_disk(self) -> None:
         if shutil.disk_usage(self._folder).free < self._total:
@@ -260,6 +280,9 @@ class CheckpointWriter:
         self._places.clear()
         while self._descriptors:
             os.close(self._descriptors.pop())
+        if self._folder_lock is not None:
+            os.close(self._folder_lock)
+            self._folder_lock = None
 
     def _discard(self) -> None:
         self._close()
@@ -294,6 +317,23 @@ def plan_shards(
 
 def _nbytes(tensor: tuple[str, tuple[int, ...], torch.dtype]) -> int:
     return math.prod(tensor[1]) * tensor[2].itemsize
+
+
+def _lock(folder: Path) -> int | None:
+    """Lock a folder until the returned descriptor is closed or the process ends.
+
+    Returns None where somebody else holds the lock, or where the file system has none.
+    """
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def _reserve(descriptor: int, size: int) -> None:

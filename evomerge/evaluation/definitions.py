@@ -206,12 +206,7 @@ def _read(
     for value in _leaves(data):
         if isinstance(value, PythonCall):
             calls.append(value)
-        elif (
-            isinstance(value, str)
-            and "__" in value
-            and ("{{" in value or "{%" in value)
-            and not _is_own(path)
-        ):
+        elif isinstance(value, str) and not _is_own(path) and _reaches_inside(value):
             templates.append(value)
     includes = data.pop("include", [])
     _make_absolute(data, path)
@@ -219,6 +214,25 @@ def _read(
     for entry in includes if isinstance(includes, list) else [includes]:
         merged |= _read((path.parent / str(entry)).resolve(), calls, templates, (*chain, path))
     return merged | data
+
+
+def _reaches_inside(text: str) -> bool:
+    """Whether a template names a Python internal: written out, escaped, or put together from pieces."""
+    if "{{" not in text and "{%" not in text:
+        return False
+    if "__" in text:
+        return True
+    import jinja2
+    from jinja2 import nodes
+
+    try:
+        tree = jinja2.Environment().parse(text)
+    except jinja2.TemplateSyntaxError:
+        return False
+    literals = [node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)]
+    return any("__" in t or t.startswith("_") or t.endswith("_") for t in literals) or any(
+        node.name == "attr" for node in tree.find_all(nodes.Filter)
+    )
 
 
 def _loader(path: Path) -> type[yaml.SafeLoader]:

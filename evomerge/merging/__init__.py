@@ -135,12 +135,10 @@ def write_merge(
                 threads=threads or _cpus(),
                 stream=True,
             )
-            writer.commit()
+            writer.commit({RECIPE_FILE: recipe.to_yaml()})
     except CandidateFailed as failure:
-        raise CheckpointError(
-            f"{out}: not written: {failure}; a parent is damaged or a parameter too large"
-        ) from None
-    (out / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
+        why = "; a parent is damaged or a parameter too large" if isinstance(failure, NonFinite) else ""
+        raise CheckpointError(f"{out}: not written: {failure}{why}") from None
     return out
 
 

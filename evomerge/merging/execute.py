@@ -41,9 +41,9 @@ def execute(
 ) -> None:
     """Compute the plan's tensors and write them to a sink.
 
-    Each chunk is merged and multiplied by the job's factor in float32, rounded once to the output's number
-    format, checked and written; a few chunks per thread are all that is held. The bytes do not depend on
-    `chunk`, `threads` and `stream`.
+    Each chunk is merged and multiplied by the job's factor in float32 (float64 if an operand is), rounded
+    once to the output's number format, checked and written; a few chunks per thread are all that is held. The
+    bytes do not depend on `chunk`, `threads` and `stream`.
 
     Args:
         plan: from `plan_merge`.
@@ -146,7 +146,7 @@ def _copied(flat: torch.Tensor, job: TensorJob, chunk: int) -> Iterator[tuple[in
     for start in range(0, flat.numel(), chunk):
         values = flat[start : start + chunk]
         if job.factor != 1.0:
-            values = values.to(torch.float32).mul(job.factor)
+            values = values.to(torch.promote_types(values.dtype, torch.float32)).mul(job.factor)
         yield start, values.to(job.dtype)
 
 

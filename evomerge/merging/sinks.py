@@ -37,6 +37,9 @@ class FileSink:
 class LiveSink:
     """Writes into the parameters of a live model, in place.
 
+    Where a checkpoint mixes number formats, values are rounded to that of the live tensor, as transformers does
+    when it loads the exported folder.
+
     Args:
         parameters: from `evomerge.merging.binding.bind`: contiguous live tensors by canonical name.
     """

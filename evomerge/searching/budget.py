@@ -45,12 +45,17 @@ class Allowance:
     def __init__(
         self, generations: int | None, hours: float | None, spent_seconds: Callable[[], float]
     ) -> None:
-        self._generations = generations
+        self.generations = generations
         self._hours = hours
-        self._spent_seconds = spent_seconds
+        self._spent = spent_seconds
+
+    @property
+    def spent_seconds(self) -> float:
+        """The run's time so far."""
+        return self._spent()
 
     def covers(self, generation: int) -> bool:
         """Whether generation number `generation`, from 0, may start."""
-        if self._generations is not None and generation >= self._generations:
+        if self.generations is not None and generation >= self.generations:
             return False
-        return self._hours is None or generation == 0 or self._spent_seconds() < self._hours * 3600
+        return self._hours is None or generation == 0 or self.spent_seconds < self._hours * 3600

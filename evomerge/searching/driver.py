@@ -14,6 +14,7 @@ from evomerge.searching import selection
 from evomerge.searching.agreement import record_fingerprint, record_setup
 from evomerge.searching.budget import Allowance, affordable
 from evomerge.searching.generations import Generations
+from evomerge.searching.plan import selection_items
 from evomerge.searching.preview import write_preview
 from evomerge.searching.progress import Display, State
 from evomerge.searching.reporter import Reporter
@@ -86,14 +87,14 @@ class Driver:
             self._reporter.show(state="starting")
             fingerprint = self._executor.start(self._setup.baselines["base"])
             record_fingerprint(self._store, fingerprint, self._folder)
-            scheduler = Scheduler(self._store, self._executor, fingerprint, self._reporter.on_event)
-            self._preview()
-            counts = self._store.counts()
-            self._reporter.start_clock(
-                candidates=counts["candidates"], item_evaluations=counts["item_evaluations"]
+            reporter = self._reporter
+            scheduler = Scheduler(
+                self._store, self._executor, fingerprint, reporter.on_event, reporter.on_progress
             )
+            self._preview()
+            reporter.start_clock(item_evaluations=self._store.counts()["item_evaluations"])
             generations = Generations(
-                self._folder, self._store, self._setup, self._optimizer, scheduler, self._reporter
+                self._folder, self._store, self._setup, self._optimizer, scheduler, reporter
             )
             generations.run(Allowance(self._generations, self._hours, spent))
             self._select(generations, scheduler)
@@ -109,12 +110,12 @@ class Driver:
     def _preview(self) -> None:
         if self._store.meta("previewed"):
             return
-        self._reporter.show(phase="preview")
+        self._reporter.show(phase="preview: what base and initial answer to a few items")
         useless = write_preview(self._folder, self._setup, self._executor, self._reporter)
         if useless and not self._yes:
             raise UserError(
                 f"nothing can be extracted from the answers to {', '.join(useless)} (see "
-                f"{self._folder / 'preview.md'}); mend the task, or go on with "
+                f"{self._folder / 'preview.md'}); mend the task and start a new run, or go on with "
                 f"'evomerge resume {self._folder} --yes'"
             )
         self._store.set_meta(previewed=True)
@@ -122,15 +123,15 @@ class Driver:
     def _select(self, generations: Generations, scheduler: Scheduler) -> None:
         """Validate the short list, name the winner, and open the test items for it and the baselines.
 
-        A round is one selection; a run that is prolonged after its end gets another round.
+        A round is one selection; a run that is prolonged after its short list was frozen gets another round.
         """
-        blocks = self._setup.blocks
+        blocks, reporter = self._setup.blocks, self._reporter
         told = len(self._store.candidates())
         round_ = int(self._store.meta("round", 0))
-        if told > int(self._store.meta("finished_candidates", told)):
+        if told > int(self._store.meta("selected_from", told)):
             round_ += 1
-            self._store.set_meta(round=round_, finished_candidates=told)
-        self._reporter.show(state="selecting", phase="validation")
+        cost = selection_items(self._setup)
+        reporter.enter("selecting", "validation", items_after=cost["search"] + cost["test"])
         if not self._store.short_list(round_):
             entries = selection.short_list(
                 baselines=self._setup.baselines,
@@ -139,7 +140,9 @@ class Driver:
                 shrunk=generations.shrunk(),
                 recipe_of=generations.recipe_of,
             )
-            self._store.add_short_list(round_, entries)
+            with self._store.transaction():
+                self._store.add_short_list(round_, entries)
+                self._store.set_meta(round=round_, selected_from=told)
         short = [(name, self._store.recipe(digest)) for name, digest, _ in self._store.short_list(round_)]
         scheduler.complete([recipe for _, recipe in short], blocks["validation"])
         if self._store.winner(round_) is None:
@@ -152,14 +155,13 @@ class Driver:
             self._store.set_winner(round_, recipe.hash, name)
         digest, _ = self._store.winner(round_) or ("", "")
         winner = self._store.recipe(digest)
-        self._reporter.show(phase="winner on all search items")
+        reporter.enter("selecting", "winner on all search items", items_after=cost["test"])
         scheduler.complete([winner], blocks["search"])
         openings = self._store.open_test(round_, "final comparison")
         if openings > 1:
-            self._reporter.say(f"The test items have now been opened {openings} times; results.json says so.")
-        self._reporter.show(phase="test")
+            reporter.say(f"The test items have now been opened {openings} times; results.json says so.")
+        reporter.enter("selecting", "test", items_after=0)
         scheduler.complete([winner, *self._setup.baselines.values()], blocks["test"])
-        self._store.set_meta(finished_candidates=told)
 
     def _finish(self, scheduler: Scheduler) -> None:
         write_results(self._folder, self._store, self._setup, scheduler)
@@ -169,13 +171,18 @@ class Driver:
 
     def _leave(self, state: State, spent: float) -> None:
         """Write what can be written of how the run stands, without hiding the error that ended it."""
-        try:
-            if state != "done":
-                self._store.set_meta(wall_seconds=spent)
+
+        def record() -> None:
+            self._store.set_meta(wall_seconds=spent)
             self._store.event(state)
+
+        def log() -> None:
             lines = [json.dumps(event) for event in self._store.events()]
             write_atomically(self._folder / LOG, "\n".join(lines) + "\n")
-            self._reporter.show(state=state, phase=state)
-        except EvomergeError:
-            if state == "done":
-                raise
+
+        for write in (record, log, lambda: self._reporter.show(state=state, phase=state)):
+            try:
+                write()
+            except EvomergeError:
+                if state == "done":
+                    raise

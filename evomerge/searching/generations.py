@@ -13,6 +13,7 @@ from evomerge.recipe import Recipe
 from evomerge.searching.agreement import check_replay, not_reproduced
 from evomerge.searching.budget import Allowance
 from evomerge.searching.draws import draw_blocks
+from evomerge.searching.plan import selection_items
 from evomerge.searching.ranking import ScoreTable, fitness_of, rank, shrunk
 from evomerge.searching.reporter import Reporter
 from evomerge.searching.rundir import RECIPE, write_atomically
@@ -67,7 +68,7 @@ class Generations:
             if not recorded:
                 self._add(generation, asked)
             check_replay(self._store, generation, asked, self._folder)
-            self._complete(generation)
+            self._complete(generation, allowance)
             generation += 1
 
     def shrunk(self) -> Mapping[int, float]:
@@ -89,20 +90,25 @@ class Generations:
         candidates = [(tuple(genotype), self._setup.space.decode(genotype)) for genotype in asked]
         self._store.add_generation(generation, blocks, candidates)
 
-    def _complete(self, generation: int) -> None:
+    def _complete(self, generation: int, allowance: Allowance) -> None:
         rows = self._store.candidates(generation)
         recipes = [self._store.recipe(row.recipe) for row in rows]
         blocks = self._blocks_of(generation)
         replayed = self._store.is_told(generation)
         if not replayed:
-            self._reporter.show(state="running", phase=f"generation {generation + 1}", generation=generation)
+            self._reporter.enter(
+                "running",
+                f"generation {generation + 1}",
+                items_after=self._items_after(generation, allowance),
+                generation=generation,
+            )
             self._scheduler.complete(recipes, blocks)
         tables = [self._scheduler.table(recipe, blocks) for recipe in recipes]
         told = self._ranked(rows, tables)
         if replayed and told != rows:
             raise not_reproduced(generation, self._folder)
         if not replayed:
-            self._record(generation, told)
+            self._record(generation, told, allowance.spent_seconds)
         self._optimizer.tell(
             generation, [Told(row.genotype, rank=row.rank or 0.0, fitness=row.fitness) for row in told]
         )
@@ -132,9 +138,17 @@ class Generations:
             for row, table, value, place in zip(rows, tables, fitness, rank(fitness), strict=True)
         ]
 
-    def _record(self, generation: int, told: Sequence[CandidateRow]) -> None:
+    def _items_after(self, generation: int, allowance: Allowance) -> int | None:
+        if allowance.generations is None:
+            return None
+        candidates = (allowance.generations - generation - 1) * self._optimizer.population
+        selection = sum(selection_items(self._setup).values())
+        return candidates * self._setup.items_per_candidate + selection
+
+    def _record(self, generation: int, told: Sequence[CandidateRow], spent_seconds: float) -> None:
         with self._store.transaction():
             self._store.tell(generation, told)
+            self._store.set_meta(wall_seconds=spent_seconds)
             for row in told:
                 if row.reason is not None:
                     self._store.event("candidate_failed", candidate=row.id, reason=row.reason)

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from evomerge.evaluation.items import SPLITS
+from evomerge.evaluation.items import SPLITS, Split
 from evomerge.evaluation.statistics import minimum_detectable_effect
 from evomerge.optimizers import make_optimizer
 from evomerge.searching.budget import affordable
+from evomerge.searching.selection import ARCHIVE, SNAPSHOTS
 
 if TYPE_CHECKING:
     from evomerge.config import Budget
@@ -93,11 +94,7 @@ def plan_search(setup: Setup, budget: Budget) -> Plan:
         items[split] = {**counts, "all": sum(counts.values())}
     candidates = None if generations is None else generations * population
     per_candidate = setup.items_per_candidate
-    final = (
-        items["search"]["all"]
-        + items["validation"]["all"] * (len(setup.baselines) + 5)
-        + items["test"]["all"] * (len(setup.baselines) + 1)
-    )
+    final = sum(selection_items(setup).values())
     parent_bytes, worker_bytes = _bytes(setup)
     return Plan(
         name=setup.config.name,
@@ -117,6 +114,16 @@ def plan_search(setup: Setup, budget: Budget) -> Plan:
         worker_bytes=worker_bytes,
         warnings=(*setup.warnings, *_warnings(setup, candidates)),
     )
+
+
+def selection_items(setup: Setup) -> dict[Split, int]:
+    """Return the items that selection answers at most, in the order of its steps."""
+    sizes = {split: len(setup.suite.items(split)) for split in SPLITS}
+    return {
+        "validation": sizes["validation"] * (len(setup.baselines) + 1 + len(SNAPSHOTS) + ARCHIVE),
+        "search": sizes["search"],
+        "test": sizes["test"] * (len(setup.baselines) + 1),
+    }
 
 
 def _warnings(setup: Setup, candidates: int | None) -> list[str]:

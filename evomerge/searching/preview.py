@@ -36,6 +36,7 @@ def write_preview(folder: Path, setup: Setup, executor: Executor, display: Repor
         "Two search items of each task, answered by the base and by the initial merge before the first candidate.",
     ]
     extracted: dict[str, bool] = dict.fromkeys(items, False)
+    display.say(f"what the initial merge answers (more in {folder / PREVIEW}):")
     for name in ("base", "initial"):
         try:
             answers = executor.preview(setup.baselines[name], wanted)

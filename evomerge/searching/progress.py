@@ -11,9 +11,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol, TextIO
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
@@ -39,9 +40,9 @@ class Status:
         incumbent: shrunk fitness of the best candidate so far.
         item_evaluations: items scored in all.
         rate: items per second since the driver started.
-        eta_seconds: until the budget is spent, at the present rate.
+        eta_seconds: until the run ends, selection included, at the present rate; None if that cannot be told.
         workers: how many there are.
-        done_in_phase: share of the present generation or of selection, in [0, 1].
+        phase_done, phase_total: items of the present generation, or step of the selection: answered, in all.
     """
 
     state: State
@@ -57,7 +58,8 @@ class Status:
     rate: float = 0.0
     eta_seconds: float | None = None
     workers: int = 0
-    done_in_phase: float = 0.0
+    phase_done: int = 0
+    phase_total: int = 0
 
 
 class Display(Protocol):
@@ -100,19 +102,19 @@ class LiveDisplay:
 
 
 class LineDisplay:
-    """One line per generation, and one at least every `LINE_SECONDS`."""
+    """One line per generation and step of the selection, and one at least every `LINE_SECONDS`."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._shown = 0.0
-        self._generation: tuple[str, int] | None = None
+        self._key: tuple[str, int] | None = None
 
     def show(self, status: Status) -> None:
         """See `Display.show`."""
-        key = (status.phase, status.candidates)
+        key = (status.state if status.state == "running" else status.phase, status.candidates)
         now = time.monotonic()
-        if key != self._generation or now - self._shown >= LINE_SECONDS:
-            self._generation, self._shown = key, now
+        if key != self._key or now - self._shown >= LINE_SECONDS:
+            self._key, self._shown = key, now
             print(one_line(status), file=self._stream, flush=True)
 
     def say(self, text: str) -> None:
@@ -169,40 +171,30 @@ class StatusWriter:
 class Clock:
     """Measures rates since the driver started, without what earlier drivers did."""
 
-    def __init__(self, item_evaluations: int, candidates: int) -> None:
+    def __init__(self, item_evaluations: int) -> None:
         self._start = time.monotonic()
-        self._items, self._candidates = item_evaluations, candidates
-
-    @property
-    def seconds(self) -> float:
-        """Seconds since the driver started its first candidate."""
-        return time.monotonic() - self._start
+        self._items = item_evaluations
 
     def rate(self, item_evaluations: int) -> float:
         """Items per second."""
-        return (item_evaluations - self._items) / max(self.seconds, 1e-9)
-
-    def eta(self, candidates: float, total: int | None) -> float | None:
-        """Seconds until `total` candidates are done, None if that cannot be told."""
-        done = candidates - self._candidates
-        if total is None or done <= 0:
-            return None
-        return max(0.0, (total - candidates) * self.seconds / done)
+        return (item_evaluations - self._items) / max(time.monotonic() - self._start, 1e-9)
 
 
 def one_line(status: Status) -> str:
     """Return a status as one line of plain text."""
+    if status.state == "starting":
+        return status.phase
     total = f"/{status.total}" if status.total else ""
-    parts = [f"{status.phase}: {status.candidates}{total} candidates"]
+    parts = [f"{status.phase}{_share(status)}: {status.candidates}{total} candidates"]
     if status.failed:
         parts.append(f"{status.failed} failed")
     for name in ("median", "best", "incumbent"):
         value = getattr(status, name)
         if value is not None:
             parts.append(f"{name} {value:.3f}")
-    parts.append(f"{status.item_evaluations} items")
+    parts.append(f"{status.item_evaluations:,} item evaluations")
     if status.rate > 0:
-        parts.append(f"{status.rate:.0f}/s")
+        parts.append(f"{status.rate:,.0f}/s")
     if status.eta_seconds is not None:
         parts.append(f"ETA {duration(status.eta_seconds)}")
     return ", ".join(parts)
@@ -218,29 +210,40 @@ def duration(seconds: float) -> str:
     return f"{minutes}m {seconds:02d}s" if minutes else f"{seconds}s"
 
 
-def _panel(status: Status) -> Group:
-    done = status.candidates + status.done_in_phase * 0
-    bar = ProgressBar(
-        total=status.total or 1, completed=done if status.total else status.done_in_phase, width=32
-    )
+def _share(status: Status) -> str:
+    return f" ({status.phase_done:,}/{status.phase_total:,} items)" if status.phase_total else ""
+
+
+def _panel(status: Status) -> RenderableType:
+    if status.state == "starting":
+        return Spinner("dots", text=status.phase)
+    if status.state == "running" and status.total:
+        done, total = status.candidates, status.total
+    else:
+        done, total = status.phase_done, status.phase_total
     head = Table.grid(padding=(0, 1))
     counted = f"{status.candidates}/{status.total}" if status.total else str(status.candidates)
-    head.add_row(Text(status.phase, style="bold"), bar, f"{counted} candidates", _failed(status))
-    body = Table.grid(padding=(0, 3))
-    body.add_row(
+    head.add_row(
+        ProgressBar(total=total or 1, completed=done, width=32),
+        f"{counted} candidates",
+        Text(f"{status.failed} failed", style="red") if status.failed else "",
+    )
+    fitness = Table.grid(padding=(0, 3))
+    fitness.add_row(
+        "fitness",
         _number("median", status.median),
         _number("best", status.best),
         _number("incumbent", status.incumbent),
-        f"items {status.item_evaluations:,}",
+    )
+    pace = Table.grid(padding=(0, 3))
+    pace.add_row(
+        f"{status.item_evaluations:,} item evaluations",
         f"{status.rate:,.0f}/s",
-        f"ETA {duration(status.eta_seconds)}" if status.eta_seconds is not None else "",
+        f"ETA {duration(status.eta_seconds)}" if status.eta_seconds is not None else "ETA –",
         f"{status.workers} worker{'s' if status.workers != 1 else ''}",
     )
-    return Group(head, body)
-
-
-def _failed(status: Status) -> Text:
-    return Text(f"{status.failed} failed", style="red") if status.failed else Text("")
+    phase = Text.assemble((status.phase, "bold"), _share(status))
+    return Group(phase, head, fitness, pace)
 
 
 def _number(name: str, value: float | None) -> str:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from evomerge.searching.progress import Clock, Display, Status, StatusWriter
+from evomerge.searching.progress import Clock, Display, State, Status, StatusWriter
 from evomerge.workers.work import Result
 
 
@@ -28,32 +28,40 @@ class Reporter:
         self._file = StatusWriter(folder)
         self._workers = workers
         self._status = Status(state="starting", phase="starting workers", total=total)
-        self._clock = Clock(0, 0)
+        self._clock = Clock(0)
+        self._items_after: int | None = None
 
-    @property
-    def seconds(self) -> float:
-        """Seconds since `start_clock`."""
-        return self._clock.seconds
-
-    def start_clock(self, *, candidates: int, item_evaluations: int) -> None:
+    def start_clock(self, *, item_evaluations: int) -> None:
         """Measure rates from here on, given what earlier drivers did."""
-        self._clock = Clock(item_evaluations, candidates)
+        self._clock = Clock(item_evaluations)
         self._status = replace(self._status, item_evaluations=item_evaluations)
+
+    def enter(self, state: State, phase: str, *, items_after: int | None, **changes: Any) -> None:
+        """Show that a phase begins.
+
+        Args:
+            state, phase: as in `Status`.
+            items_after: items to be answered after this phase until the run ends; None if nobody knows.
+            changes: further fields of the status.
+        """
+        self._items_after = items_after
+        self.show(state=state, phase=phase, phase_done=0, phase_total=0, **changes)
 
     def show(self, **changes: Any) -> None:
         """Change fields of the status and show it."""
         status = replace(self._status, **changes, workers=self._workers())
         busy = status.state in ("running", "selecting")
-        self._status = status = replace(
-            status,
-            rate=self._clock.rate(status.item_evaluations) if busy else 0.0,
-            eta_seconds=self._clock.eta(status.candidates, status.total)
-            if status.state == "running"
-            else None,
-        )
+        rate = self._clock.rate(status.item_evaluations) if busy else 0.0
+        known = busy and rate > 0 and self._items_after is not None and status.phase_total > 0
+        left = status.phase_total - status.phase_done + (self._items_after or 0)
+        self._status = status = replace(status, rate=rate, eta_seconds=left / rate if known else None)
         self._file.write(status)
         if busy or status.state == "starting":
             self._display.show(status)
+
+    def on_progress(self, done: int, total: int) -> None:
+        """Note how many items of the present phase are answered; for `Scheduler`."""
+        self._status = replace(self._status, phase_done=done, phase_total=total)
 
     def on_event(self, result: Result | None) -> None:
         """Count what a result brought; for `Scheduler`."""

@@ -43,7 +43,10 @@ def build_results(store: Store, setup: Setup, scheduler: Scheduler) -> dict[str,
 
     def measured(recipe: Recipe, blocks: Sequence[Block]) -> Any:
         table = scheduler.table(recipe, blocks)
-        return table if isinstance(table, str) else values_of(table, raw=raw)
+        if isinstance(table, str):
+            return table
+        values = values_of(table, raw=raw)
+        return {task.name: values[task.name] for task in setup.suite.tasks}
 
     def reported(recipe: Recipe, split: str) -> dict[str, Any]:
         table = measured(recipe, setup.blocks[split])  # type: ignore[index]
@@ -90,7 +93,7 @@ def build_results(store: Store, setup: Setup, scheduler: Scheduler) -> dict[str,
         },
         "optimism": _difference(scores["search"], scores["test"]),
         "optimism_best_seen": None
-        if best_seen is None or "mean" not in scores["test"] or not raw
+        if best_seen is None or "mean" not in scores["test"]
         else best_seen - scores["test"]["mean"],
         "candidates": counts["candidates"],
         "failed_candidates": counts["failed"],
@@ -150,14 +153,16 @@ def verdict(results: Mapping[str, Any]) -> str:
         return f"The winner ({winner['name']}) could not be scored on the test items: {test['failed']}"
     parents = {"base": results["baselines"]["base"], **results["baselines"]["experts"]}
     scored = {name: entry["test"]["mean"] for name, entry in parents.items() if "mean" in entry["test"]}
-    best = max(scored, key=lambda name: scored[name])
-    parts = [_against(results, best, f"the best parent ({best})")]
+    parts = []
+    if scored:
+        best = max(scored, key=lambda name: scored[name])
+        parts.append(_against(results, best, f"the best parent ({best})"))
     if "uniform" in results["comparisons"]:
         parts.append(_against(results, "uniform", "the uniform average"))
     low, high = test["ci95"]
     return (
         f"On {test['n']} test items that the search never saw, the winner ({winner['name']}) scores "
-        f"{test['mean']:.3f} [{low:.3f}, {high:.3f}], " + " and ".join(parts) + "."
+        f"{test['mean']:.3f} [{low:.3f}, {high:.3f}]" + (", " if parts else "") + " and ".join(parts) + "."
     )
 
 
@@ -169,7 +174,8 @@ def _against(results: Mapping[str, Any], name: str, words: str) -> str:
     if low == high == 0.0:
         return f"the same as {words}"
     better = "better" if comparison["delta"] >= 0 else "worse"
-    text = f"{abs(comparison['delta']):.3f} {better} than {words} [{low:+.3f}, {high:+.3f}]"
+    by = f"{abs(comparison['delta']):.3f} {better} than" if comparison["delta"] else "level with"
+    text = f"{by} {words} [{low:+.3f}, {high:+.3f}]"
     if comparison["resolved"]:
         return text
     needed = comparison["needed_n"]
@@ -214,7 +220,8 @@ def summary(results: Mapping[str, Any]) -> str:
         f"{results['candidates']} candidates ({results['failed_candidates']} failed), "
         f"{results['item_evaluations']:,} item evaluations, {results['wall_seconds']:.0f} s. "
         + (
-            f"The best search score seen is {seen:+.3f} off the winner's test score."
+            f"The best search score seen lies {abs(seen):.3f} {'above' if seen >= 0 else 'below'} the winner's "
+            "test score."
             if seen is not None
             else ""
         ),

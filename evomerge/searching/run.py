@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from evomerge.config import Budget, Config, load_config
 from evomerge.environment import prepare
-from evomerge.errors import Stopped, UserError
+from evomerge.errors import InfrastructureError, Stopped, UserError
 from evomerge.recipe import Recipe, load_recipe
 from evomerge.schema import read_text, validate
-from evomerge.searching.progress import Closing, Display, Silent
+from evomerge.searching.progress import Closing, Display, Silent, Status
 from evomerge.searching.rundir import (
     CONFIG,
+    DATABASE,
     RECIPE,
     RESULTS,
     create_run,
@@ -151,6 +152,7 @@ def search(
         UserError: the config, its models or tasks, or an existing run directory.
         InfrastructureError: workers or disk failed; the run can be resumed.
         Stopped: by Ctrl-C or SIGTERM; the run can be resumed.
+        KeyboardInterrupt: the same, before the run directory was made.
     """
     display = display or Silent()
     if isinstance(config, Config):
@@ -159,8 +161,8 @@ def search(
         parsed, file = load_config(config, overrides), str(config)
         original = read_text(Path(config), "config")
     folder = Path(run) if run is not None else Path("runs") / parsed.name
-    if continue_ and (folder / "run.db").exists():
-        _check_same_config(folder, original, file)
+    if continue_ and (folder / DATABASE).exists():
+        _check_same_config(folder, parsed, file)
         return resume(folder, yes=yes, display=display)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         create_run(folder, parsed, original)
@@ -221,6 +223,7 @@ def executor_for(setup: Setup, config_file: Path | str) -> Executor:
 
 
 def _set_up(config: Config, file: Path | str, display: Display, *, budget: Budget | None = None) -> Setup:
+    display.show(Status(state="starting", phase="reading models and tasks"))
     prepare(offline=not config.uses_hub)
     from evomerge.searching.plan import plan_search
     from evomerge.searching.setup import set_up
@@ -240,6 +243,10 @@ def _drive(folder: Path, store: Store, setup: Setup, budget: Budget, display: Di
         raise Stopped(
             f"Stopped. Everything so far is saved; go on with 'evomerge resume {folder}'."
         ) from None
+    except InfrastructureError as error:
+        raise InfrastructureError(
+            f"{error}; what was scored is saved: put this right, then 'evomerge resume {folder}'"
+        ) from None
     finally:
         try:
             executor.close()
@@ -247,27 +254,44 @@ def _drive(folder: Path, store: Store, setup: Setup, budget: Budget, display: Di
             store.close()
 
 
-def _check_same_config(folder: Path, original: str, file: str) -> None:
-    recorded = (folder / CONFIG).read_text(encoding="utf-8")
-    if recorded != original:
+def _check_same_config(folder: Path, config: Config, file: str) -> None:
+    """Refuse to continue a run with a config, overrides included, that is not the one it was started from.
+
+    What was left to be decided (``auto``) may have been decided.
+    """
+    given = config.model_dump()
+    recorded = load_resolved(folder).model_dump()
+    open_ = {key for key, value in given["engine"].items() if value in ("auto", None)}
+    given["engine"] |= {key: recorded["engine"][key] for key in open_}
+    if given != recorded:
+        changed = ", ".join(key for key in given if given[key] != recorded[key])
         raise UserError(
-            f"{folder}: was started from another config than {file}; name another folder with --run, or resume "
-            f"it as it is with 'evomerge resume {folder}'"
+            f"{folder}: was started from another config than {file} and --set say (other: {changed}); name "
+            f"another folder with --run, or resume it as it is with 'evomerge resume {folder}' (which takes "
+            "--budget)"
         )
 
 
 @contextmanager
 def _signals() -> Iterator[None]:
-    """Let SIGTERM stop a search the way Ctrl-C does."""
+    """Let SIGTERM stop a search the way Ctrl-C does; while it stops, further signals do not disturb it."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def stop(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
+    stopping = False
 
-    before = signal.signal(signal.SIGTERM, stop)
+    def stop(number: int, frame: object) -> None:
+        nonlocal stopping
+        if not stopping:
+            stopping = True
+            raise KeyboardInterrupt
+
+    # A shell starts what it puts in the background with Ctrl-C ignored; that stays.
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -25,6 +25,8 @@ class Scheduler:
         executor: started workers.
         fingerprint: of their engine; an answer of another one stops the run.
         on_event: called after each recorded result and at least every `POLL_SECONDS` while waiting.
+        on_progress: called with (items answered, items in all) of a table before its first request, and before
+            each `on_event` that brings a result.
     """
 
     def __init__(
@@ -33,11 +35,13 @@ class Scheduler:
         executor: Executor,
         fingerprint: str,
         on_event: Callable[[Result | None], None] = lambda _: None,
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         self._store = store
         self._executor = executor
         self._fingerprint = fingerprint
         self._on_event = on_event
+        self._on_progress = on_progress
 
     def complete(self, recipes: Sequence[Recipe], blocks: Sequence[Block]) -> None:
         """Return when every recipe has an outcome on every block.
@@ -47,12 +51,16 @@ class Scheduler:
                 recorded first, unless one of them is lost too.
         """
         waiting: dict[str, Work] = {}
-        for recipe in {recipe.hash: recipe for recipe in recipes}.values():
+        unique = {recipe.hash: recipe for recipe in recipes}.values()
+        for recipe in unique:
             known = self._store.results(recipe.hash)
             for block in blocks:
                 if block.hash not in known:
                     work = Work(id=f"{recipe.hash[:16]}-{block.hash[:16]}", recipes=(recipe,), block=block)
                     waiting[work.id] = work
+        total = len(unique) * sum(len(block.items) for block in blocks)
+        done = total - sum(len(work.block.items) for work in waiting.values())
+        self._on_progress(done, total)
         for work in waiting.values():
             self._executor.submit(work)
         attempts: dict[str, int] = {}
@@ -60,7 +68,10 @@ class Scheduler:
         while waiting:
             event = self._executor.next_event(POLL_SECONDS)
             if isinstance(event, Result) and event.work in waiting:
-                self._record(event, waiting.pop(event.work))
+                work = waiting.pop(event.work)
+                self._record(event, work)
+                done += len(work.block.items)
+                self._on_progress(done, total)
                 self._on_event(event)
                 continue
             if isinstance(event, WorkerLost):

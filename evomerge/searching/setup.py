@@ -133,7 +133,7 @@ def set_up(config: Config, *, file: Path | str, weights: bool = True) -> Setup:
     }
     if weights:
         warnings += _same_content(sources)
-    space = space_for(config, num_layers=base.num_layers, sources=sources)
+    space = space_for(config, num_layers=base.num_layers, sources=sources, file=file)
     suite = Suite.build(config.suite, config.splits, load_tokenizer(base.path), file=str(file))
     per_block, per_generation = block_sizes(
         search_items=len(suite.items("search")),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from evomerge.config import Config
 from evomerge.recipe import Source
@@ -22,6 +23,8 @@ __all__ = [
 ]
 
 
-def space_for(config: Config, num_layers: int, sources: Mapping[str, Source]) -> CoefficientSpace:
+def space_for(
+    config: Config, num_layers: int, sources: Mapping[str, Source], *, file: Path | str | None = None
+) -> CoefficientSpace:
     """Return the search space that a config describes; see `CoefficientSpace` for arguments and errors."""
-    return CoefficientSpace(config, num_layers=num_layers, sources=sources)
+    return CoefficientSpace(config, num_layers=num_layers, sources=sources, file=file)

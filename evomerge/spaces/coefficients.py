@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from evomerge.checkpoints.names import ROLES, Position, Role
 from evomerge.config import Config
-from evomerge.errors import UserError
+from evomerge.errors import UserError, at
 from evomerge.methods.registry import Parameter, get_method
 from evomerge.recipe import Merge, Output, Recipe, Rule, Scalar, Source, Value
 from evomerge.space_config import Depth, ParameterSpec, Smooth
@@ -61,13 +62,21 @@ class CoefficientSpace:
         initial: the genotype where the search starts.
     """
 
-    def __init__(self, config: Config, *, num_layers: int, sources: Mapping[str, Source]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        num_layers: int,
+        sources: Mapping[str, Source],
+        file: Path | str | None = None,
+    ) -> None:
         """Lay out the coordinates.
 
         Args:
             config: a validated config.
             num_layers: number of layers of the models, at least 1.
             sources: name → source for ``base`` and every expert; they go into the recipes as they are.
+            file: the config file, for messages.
 
         Raises:
             UserError: a parameter's entries do not fit the method, the experts or the number of layers.
@@ -86,7 +95,7 @@ class CoefficientSpace:
                 try:
                     self._fields.append(self._lay_out(parameter, specs, coordinates))
                 except ValueError as error:
-                    raise UserError(f"space.parameters.{parameter.name}: {error}") from None
+                    raise UserError(f"{at(file, f'space.parameters.{parameter.name}')}{error}") from None
         self.coordinates = tuple(coordinates)
         self.initial: Genotype = tuple(coordinate.initial for coordinate in coordinates)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -143,6 +145,8 @@ class RayExecutor:
         if ray.is_initialized():
             return
         common = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
+        # Ray puts its own handler in the place of the one that makes SIGTERM stop a search like Ctrl-C.
+        terminate = signal.getsignal(signal.SIGTERM)
         try:
             if self._config.address:
                 ray.init(address=self._config.address, **common)
@@ -159,6 +163,9 @@ class RayExecutor:
         except (ConnectionError, OSError, RuntimeError, ValueError, TimeoutError) as error:
             where = f" at workers.address {self._config.address}" if self._config.address else ""
             raise InfrastructureError(f"Ray does not start{where}: {_first_line(error)}") from None
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, terminate or signal.SIG_DFL)
         self._connected = True
 
     def _count(self) -> int:

@@ -305,7 +305,33 @@ class TestInterruption:
         (left,) = (path for path in tmp_path.iterdir() if path != model)
         assert left.name.startswith(".out.")
         assert not (left / "config.json").exists()
+        copy(model, tmp_path / "other")
+        assert left.exists()
         copy(model, tmp_path / "out")
+        assert siblings(tmp_path) == {"model", "other", "out"}
+
+    def test_a_writer_leaves_the_folder_of_a_living_one_alone(self, model: Path, tmp_path: Path) -> None:
+        with writer_for(model, tmp_path / "out") as first:
+            with writer_for(model, tmp_path / "out"):
+                pass
+            copy_weights(model, first)
+            first.commit()
+        assert logits(tmp_path / "out").equal(logits(model))
+        assert siblings(tmp_path) == {"model", "out"}
+
+    def test_further_files_appear_together_with_the_checkpoint(
+        self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(source: Path, target: Path) -> None:
+            assert (Path(source) / "notes.txt").read_text(encoding="utf-8") == "ü"
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+        with monkeypatch.context() as patch, writer_for(model, tmp_path / "out") as writer:
+            copy_weights(model, writer)
+            patch.setattr("os.rename", fail)
+            with pytest.raises(UserError, match="cannot be written"):
+                writer.commit({"notes.txt": "ü"})
+        assert siblings(tmp_path) == {"model"}
 
 
 class TestFullDisk:

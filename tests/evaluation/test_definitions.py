@@ -136,6 +136,21 @@ def test_other_ways_to_python_need_trust_too(tmp_path: Path, line: str) -> None:
     assert "suite.trust_task_code: true" in refusal(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ prompt.__class__ }}",
+        r'{{ prompt|attr("\x5f\x5fclass\x5f\x5f") }}',
+        r'{{ prompt["\x5f\x5fclass\x5f\x5f"] }}',
+        '{{ prompt["_" ~ "_class_" ~ "_"] }}',
+        "{{ prompt|attr(name) }}",
+    ],
+)
+def test_a_template_that_reaches_for_pythons_internals_needs_trust(tmp_path: Path, template: str) -> None:
+    write_task(tmp_path, doc_to_text=template)
+    assert "suite.trust_task_code: true" in refusal(tmp_path)
+
+
 def test_trusted_python_is_used(tmp_path: Path) -> None:
     path = write_task(tmp_path)
     (tmp_path / "code.py").write_text("def half(docs):\n    return docs.select(range(6))\n")

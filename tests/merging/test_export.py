@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from evomerge.cli import main
 from evomerge.errors import CheckpointError, InfrastructureError, UserError
 from evomerge.merging import merge, open_parents, pin
 from evomerge.recipe import load_recipe
@@ -111,6 +112,37 @@ def test_an_output_folder_in_use_is_refused_and_left_alone(family, tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes.txt"]
     with pytest.raises(UserError, match="not an empty folder"):
         merge(make_recipe(family, merge=TIES), tmp_path / "out" / "notes.txt")
+
+
+def test_the_recipe_is_there_as_soon_as_the_folder_is(family, tmp_path, monkeypatch):
+    rename = os.rename
+
+    def check(source, target):
+        assert load_recipe(Path(source) / "evomerge_recipe.yaml").main.method == "ties"
+        rename(source, target)
+
+    monkeypatch.setattr("os.rename", check)
+    merge(make_recipe(family, merge=TIES), tmp_path / "out")
+
+
+def test_values_that_have_no_merge_are_named_alone(family, tmp_path):
+    weights = {"weight": {"a": 0.5, "b": -0.5}}
+    recipe = make_recipe(family, merge={"method": "linear", "inputs": ["a", "b"], "parameters": weights})
+    with pytest.raises(CheckpointError, match=r"out: not written: .* add up to 0 and cannot be normalized$"):
+        merge(recipe, tmp_path / "out")
+
+
+def test_an_interrupted_command_says_that_nothing_was_written(family, tmp_path, monkeypatch, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(make_recipe(family, merge=TIES).to_yaml())
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("evomerge.merging.FileSink.write", interrupt)
+    assert main(["merge", str(recipe), str(tmp_path / "out")]) == 75
+    assert capsys.readouterr().err == f"Stopped; {tmp_path / 'out'} was not written.\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
 
 
 def test_an_empty_output_folder_is_taken(family, tmp_path):

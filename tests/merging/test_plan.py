@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from evomerge.checkpoints import parse
 from evomerge.errors import CheckpointError, UserError
 from evomerge.merging import HashSink, execute, open_parents, plan_merge
 from tests.merging.helpers import make_recipe, read, read64, rewrite
@@ -99,11 +100,13 @@ def test_an_expert_without_a_value_is_named_with_tensor_and_parameter(family):
             "method": "task_arithmetic",
             "base": "base",
             "inputs": ["a", "b"],
-            "parameters": {"weight": 1.0},
-            "rules": [{"layers": [2], "roles": ["attention"], "parameters": {"weight": {"b": 0.5}}}],
+            "rules": [
+                {"layers": [2], "parameters": {"weight": {"b": 0.5}}},
+                {"layers": [0, 1, 3, "pre", "post"], "parameters": {"weight": 1.0}},
+            ],
         },
     )
-    with pytest.raises(UserError, match=r"'model\.layers\.2\.self_attn\..*' has no value for 'weight' .*'a'"):
+    with pytest.raises(UserError, match=r"'model\.layers\.2\..*' has no value for 'weight' .*'a'"):
         plan_merge(recipe, open_parents(recipe))
 
 
@@ -121,6 +124,27 @@ def test_a_parameter_set_for_some_layers_only_is_refused_at_the_first_layer_with
         UserError, match=r"'model\.layers\.3\..*' has no value for 'weight' of task_arithmetic"
     ):
         plan_merge(recipe, open_parents(recipe))
+
+
+def test_a_rule_that_names_some_experts_leaves_the_others_as_they_were(family):
+    recipe = make_recipe(
+        family,
+        merge={
+            "method": "ties",
+            "base": "base",
+            "inputs": ["a", "b", "c"],
+            "parameters": {"density": 0.9, "weight": {"a": 0.5, "b": 0.6}},
+            "rules": [
+                {"layers": [2], "parameters": {"density": {"b": 0.1}, "weight": {"b": 0.7}}},
+                {"layers": [2, 3], "parameters": {"density": {"a": 0.3, "b": 0.4}}},
+            ],
+        },
+    )
+    jobs = plan_merge(recipe, open_parents(recipe)).jobs
+    values = {parse(job.name).position: (job.values["density"], job.values["weight"]) for job in jobs}
+    assert values[1] == ((0.9, 0.9, 0.9), (0.5, 0.6, 1.0))
+    assert values[2] == ((0.3, 0.1, 0.9), (0.5, 0.7, 1.0))
+    assert values[3] == ((0.3, 0.4, 0.9), (0.5, 0.6, 1.0))
 
 
 def test_an_expert_missing_from_a_value_takes_the_default_if_there_is_one(family):
@@ -155,6 +179,16 @@ def test_each_tensor_keeps_its_dtype_unless_the_recipe_names_one(tmp_path):
     )
     assert {job.dtype for job in half.jobs} == {half.dtype} == {torch.float16}
     assert half.config["dtype"] == "float16"
+
+
+def test_float64_weights_are_scaled_in_float64(family, tmp_path):
+    shutil.copytree(family["a"], tmp_path / "double")
+    weights = {name: tensor.double() / 3 for name, tensor in read(tmp_path / "double").items()}
+    rewrite(tmp_path / "double", weights)
+    hop = {"model": "a", "layer": 0, "scale": 1.5}
+    merged = run(make_recipe({"a": tmp_path / "double"}, path=[hop]))
+    name = LAYER.format(0, "self_attn.o_proj")
+    assert torch.equal(merged[name], weights[name] * (1 / 1.5))
 
 
 def test_results_are_rounded_once_to_the_output_dtype(family):

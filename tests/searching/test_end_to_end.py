@@ -11,7 +11,7 @@ import torch
 import evomerge
 from evomerge.checkpoints import open_checkpoint
 from evomerge.errors import UserError
-from evomerge.searching.progress import LineDisplay
+from evomerge.searching.progress import LineDisplay, Silent, Status
 from evomerge.searching.rundir import open_run
 from tests.models import make_model
 from tests.tasks import make_config
@@ -44,6 +44,9 @@ def test_results_hold_everybody_on_unseen_items(finished: tuple[Path, evomerge.R
     assert set(results["comparisons"]) == everybody
     for split, items in (("search", 48), ("validation", 24), ("test", 32)):
         assert results["winner"][split]["n"] == items
+    winner, best = results["winner"], run.candidates().fitness.max()
+    assert results["optimism"] == pytest.approx(winner["search"]["mean"] - winner["test"]["mean"])
+    assert results["optimism_best_seen"] == pytest.approx(best - winner["test"]["mean"])
     by_hand = {task: results["winner"]["test"]["tasks"][task]["mean"] for task in ("tiny_a", "tiny_b")}
     assert results["winner"]["test"]["mean"] == pytest.approx((by_hand["tiny_a"] + 2 * by_hand["tiny_b"]) / 3)
     for name in everybody:
@@ -184,6 +187,28 @@ def test_continue_refuses_another_config(finished: tuple[Path, evomerge.Run], tm
     other.write_text(config.read_text().replace("seed: 3", "seed: 5"))
     with pytest.raises(UserError, match="another config"):
         evomerge.search(other, run=run.path, continue_=True)
+
+
+class Recorder(Silent):
+    def __init__(self) -> None:
+        self.seen: list[Status] = []
+
+    def show(self, status: Status) -> None:
+        self.seen.append(status)
+
+
+def test_every_phase_tells_how_far_it_is(family: dict[str, Path], tasks: Path, tmp_path: Path) -> None:
+    recorder = Recorder()
+    evomerge.search(make_config(tmp_path, family, tasks), run=tmp_path / "run", display=recorder)
+    totals = {"generation 1": 4 * 16, "winner on all search items": 48}
+    for phase in ("generation 1", "validation", "winner on all search items", "test"):
+        steps = [s for s in recorder.seen if s.phase == phase and s.phase_total]
+        done = [s.phase_done for s in steps]
+        assert done == sorted(done)
+        assert done[-1] == steps[-1].phase_total
+        assert steps[-1].phase_total == totals.get(phase, done[-1])
+        assert len(set(done)) > 1
+    assert recorder.seen[-1].eta_seconds == 0
 
 
 def test_a_person_sees_the_plan_the_preview_and_each_generation(

@@ -150,6 +150,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     assert path.read_text() == "old"
     with pytest.raises(InfrastructureError, match="cannot be written: No such file or directory"):
         write_atomically(tmp_path / "missing" / "x", "text")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["recipe.yaml"]
 
 
 def dead_pid() -> int:

@@ -140,6 +140,15 @@ def test_waiting_is_announced_too(store: Store) -> None:
     assert None in calls
 
 
+def test_progress_tells_items_answered_and_items_in_all(store: Store) -> None:
+    Scheduler(store, FakeExecutor(), "f").complete(RECIPES[:1], BLOCKS[:1])
+    told: list[tuple[int, int]] = []
+    executor = FakeExecutor(failures={RECIPES[1].hash: "bad"}, losses=lambda work: 1)
+    scheduler = Scheduler(store, executor, "f", on_progress=lambda done, total: told.append((done, total)))
+    scheduler.complete(RECIPES[:2], BLOCKS[:2])
+    assert told == [(3, 12), (6, 12), (9, 12), (12, 12)]
+
+
 def test_nothing_known_is_asked_again(store: Store) -> None:
     executor = FakeExecutor()
     scheduler = Scheduler(store, executor, "f")

@@ -325,3 +325,9 @@ def test_a_choice_is_named_by_its_index():
     for bad in (0.5, 2.0, -1.0):
         with pytest.raises(ValueError, match="not the index of a choice"):
             space.decode((bad,))
+
+
+def test_a_refusal_names_the_config_file():
+    config = make_config({"weight": {"range": [0, 1], "depth": {"smooth": 9}}})
+    with pytest.raises(UserError, match=r"^my\.yaml: space\.parameters\.weight: \{smooth: 9\} is more than"):
+        space_for(config, 4, make_sources(config), file="my.yaml")

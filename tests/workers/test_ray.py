@@ -92,6 +92,11 @@ def test_ray_and_local_workers_score_alike(executor: Executor, setup: Setup) -> 
     assert len({r.worker for r in there.values()}) == 2
 
 
+def test_ray_does_not_take_sigterm_from_the_driver(executor: Executor) -> None:
+    assert executor.workers == 2
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
 def test_a_killed_worker_is_replaced_and_its_request_reported(executor: Executor, setup: Setup) -> None:
     import ray
 
