@@ -41,8 +41,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; return its exit code."""
-    prepare()
+    """Run one command; return its exit code. Whether it may use the network is decided once its models are known."""
+    prepare(offline=False)
     try:
         options = _parser().parse_args(arguments)
         return int(options.run_command(options) or 0)

@@ -22,6 +22,10 @@ RESERVED = ("base", "initial", "uniform", "merge", "expert", "shared")
 """Names that an expert cannot have: those of baselines and merges, and the words of `per`."""
 
 
+SMALLEST_CMA_POPULATION = 4
+"""Below it CMA-ES has no half of a generation to learn from."""
+
+
 class ModelRef(Frozen):
     """A checkpoint: a folder or hub id, optionally at a revision or with a LoRA adapter."""
 
@@ -79,6 +83,14 @@ class OptimizerConfig(Frozen):
     type: Literal["cma", "tpe", "random"] = "cma"
     sigma: Annotated[Number, Field(gt=0, le=1)] = 0.2
     population: Auto | Positive = "auto"
+
+    @model_validator(mode="after")
+    def _enough_to_rank(self) -> OptimizerConfig:
+        if self.type == "cma" and self.population != "auto" and self.population < SMALLEST_CMA_POPULATION:
+            raise ValueError(
+                f"population: {self.population} is too small; cma needs {SMALLEST_CMA_POPULATION} or more"
+            )
+        return self
 
 
 class Budget(Frozen):

@@ -27,8 +27,8 @@ def prepare(*, offline: bool = True, threads: int | None = 1) -> None:
     """Set telemetry, network and thread variables of this process and of those it starts.
 
     Call it before the first import of torch, ray, datasets or lm-eval: most of them read their variables
-    once. Variables that the user has set win, except the telemetry switches, which also reach libraries
-    that a notebook has imported before.
+    once. Variables that the user has set win (``HF_HUB_OFFLINE=0`` allows the network), except the telemetry
+    switches, which also reach libraries that a notebook has imported before.
 
     Args:
         offline: forbid hub access (no model of the config is a hub id).
@@ -38,9 +38,8 @@ def prepare(*, offline: bool = True, threads: int | None = 1) -> None:
     for module, constant, state in QUIET_IF_LOADED:
         if module in sys.modules:
             setattr(sys.modules[module], constant, state)
-    if offline:
-        for name, value in OFFLINE.items():
-            os.environ.setdefault(name, value)
+    if offline and "HF_HUB_OFFLINE" not in os.environ:
+        os.environ.update(OFFLINE)
     if threads is not None:
         for name in THREAD_VARIABLES:
             os.environ.setdefault(name, str(threads))

@@ -247,6 +247,11 @@ class Recipe(Frozen):
         return any(not isinstance(value, dict) or set(value) == set(merge.inputs) for value in values)
 
     @property
+    def uses_hub(self) -> bool:
+        """Whether a model is no folder here, so that the network may be needed."""
+        return any(not Path(source.source).expanduser().exists() for source in self.models.values())
+
+    @property
     def main(self) -> Merge:
         """The only merge of a recipe without a path."""
         return next(iter(self.merges.values()))

@@ -74,7 +74,7 @@ def evaluate(
     """
     config = suite if isinstance(suite, Config) else load_config(suite, overrides)
     recipe = model if isinstance(model, Recipe) else recipe_of(str(model))
-    prepare(offline=not (config.uses_hub or _uses_hub(recipe)))
+    prepare(offline=not (config.uses_hub or recipe.uses_hub))
     from evomerge.merging import open_parents, pin, plan_merge
 
     # Before the imports below, which take seconds: a mistyped model is told at once.
@@ -141,8 +141,3 @@ def recipe_of(text: str) -> Recipe:
         merges={"merged": Merge(method="linear", inputs=("model",), parameters={"weight": 1.0})},
         output=Output(tokenizer="model", chat_template="model"),
     )
-
-
-def _uses_hub(recipe: Recipe) -> bool:
-    """Whether a model of a recipe is no folder here, so that the network may be needed."""
-    return any(not Path(source.source).expanduser().exists() for source in recipe.models.values())

@@ -53,7 +53,12 @@ def load_documents(config: Mapping[str, Any], file: Path) -> Mapping[str, Any]:
         except Exception as error:
             cause = error.__cause__ or error
             reason = " ".join(str(cause).split()) or type(cause).__name__
-            raise UserError(f"{file}: cannot load the data of '{builder}': {reason:.300}") from None
+            hint = (
+                "; the network is off because no model is a hub id: set HF_HUB_OFFLINE=0 once to fetch the data"
+                if builder not in _FILE_BUILDERS and datasets.config.HF_HUB_OFFLINE
+                else ""
+            )
+            raise UserError(f"{file}: cannot load the data of '{builder}': {reason:.300}{hint}") from None
     if not isinstance(loaded, Mapping):
         raise UserError(f"{file}: dataset_kwargs: load all data splits, without 'split'")
     return loaded

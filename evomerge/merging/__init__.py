@@ -20,6 +20,7 @@ from evomerge.checkpoints import (
     open_checkpoint,
     parse_size,
 )
+from evomerge.environment import prepare
 from evomerge.errors import CandidateFailed, CheckpointError, UserError
 from evomerge.merging.execute import NonFinite, Progress, execute
 from evomerge.merging.plan import MergePlan, TensorJob, donor_of, plan_merge
@@ -92,6 +93,7 @@ def merge(
         CheckpointError: a model cannot be used, or the merged weights are not finite.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe))
+    prepare(offline=not recipe.uses_hub)
     checkpoints = open_parents(recipe)
     return write_merge(
         recipe, checkpoints, out, max_shard_size=max_shard_size, progress=progress, threads=threads

@@ -18,8 +18,6 @@ from evomerge.optimizers.base import Told, in_order_of_asking, initial_of, popul
 from evomerge.randomness import generator
 from evomerge.spaces.genotype import Coordinate, Genotype
 
-SMALLEST_POPULATION = 4
-
 
 class CMA:
     """CMA-ES on the unit cube, told ranks only.
@@ -39,7 +37,7 @@ class CMA:
         """Start at the coordinates' initial values.
 
         Raises:
-            UserError: a choice among the coordinates, or a population below 4.
+            UserError: a choice among the coordinates.
         """
         for coordinate in coordinates:
             if coordinate.kind == "choice":
@@ -47,10 +45,6 @@ class CMA:
                     f"optimizer.type: cma cannot search the choice {coordinate.name}; use tpe or random"
                 )
         self.population = population_size(config, len(coordinates))
-        if self.population < SMALLEST_POPULATION:
-            raise UserError(
-                f"optimizer.population: {self.population} is too small; cma needs {SMALLEST_POPULATION}"
-            )
         self._seed = seed
         self._initial = initial_of(coordinates)
         self._padding = 1 if len(coordinates) == 1 else 0

@@ -31,9 +31,16 @@ def export(
         raise UserError(f"{out}: exists already; name another with --out")
     if not out.parent.is_dir():
         raise UserError(f"{out.parent}: no such folder; make it first, or name another with --out")
+    if format_ in ("csv", "parquet") and candidate is not None:
+        raise UserError(f"--candidate: a {format_} table holds all candidates; leave --candidate out")
+    try:
+        return _write(run, out, format_, candidate, max_shard_size)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror or error}") from None
+
+
+def _write(run: Run, out: Path, format_: str, candidate: int | None, max_shard_size: str) -> str:
     if format_ in ("csv", "parquet"):
-        if candidate is not None:
-            raise UserError(f"--candidate: a {format_} table holds all candidates; leave --candidate out")
         return _table(run, out, format_)
     what = f"candidate {candidate}" if candidate is not None else _leader(run)
     if format_ == "recipe":

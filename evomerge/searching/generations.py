@@ -118,7 +118,10 @@ class Generations:
         for row, table in zip(told, tables, strict=True):
             if not isinstance(table, str):
                 self._values[row.id] = [(s.item, s.value) for task in table.values() for s in task.values()]
-        self._report(generation, told, replayed=replayed)
+        if replayed:
+            self._reporter.show(candidates=(generation + 1) * self._optimizer.population)
+        else:
+            self._report(generation, told)
 
     def _ranked(self, rows: Sequence[CandidateRow], tables: Sequence[ScoreTable | str]) -> list[CandidateRow]:
         weights = self._setup.suite.weights
@@ -155,7 +158,7 @@ class Generations:
             best = max((row.fitness for row in told if row.fitness is not None), default=None)
             self._store.event("generation", generation=generation, best=best)
 
-    def _report(self, generation: int, told: Sequence[CandidateRow], *, replayed: bool) -> None:
+    def _report(self, generation: int, told: Sequence[CandidateRow]) -> None:
         scored = sorted(row.fitness for row in told if row.fitness is not None)
         estimates = self.shrunk()
         incumbent = max(estimates, key=lambda i: (estimates[i], -i)) if estimates else None
@@ -166,7 +169,7 @@ class Generations:
             best=scored[-1] if scored else None,
             incumbent=None if incumbent is None else estimates[incumbent],
         )
-        if incumbent is not None and not replayed:
+        if incumbent is not None:
             header = f"# status: incumbent (candidate {incumbent} after {generation + 1} generations)\n"
             write_atomically(self._folder / RECIPE, header + self.recipe_of(incumbent).to_yaml())
 

@@ -176,7 +176,7 @@ def test_only_cma_has_a_mean_and_only_after_a_tell():
 def test_cma_refuses_choices_and_tiny_populations():
     with pytest.raises(UserError, match=r"optimizer.type: .*rule.*use tpe or random"):
         make("cma", mixed())
-    with pytest.raises(UserError, match=r"optimizer.population: 3 is too small; cma needs 4"):
+    with pytest.raises(ValueError, match=r"population: 3 is too small; cma needs 4"):
         make("cma", floats(2), population=3)
     run(make("cma", floats(2), population=4), sphere, 40)
 
