@@ -74,8 +74,8 @@ def full_settings() -> Settings:
     return Settings(
         models=(
             Training("base", None, shares, 110, 3e-3, seed=0, matrix_rate=0.02, hold=0.3),
-            expert(1, "arithmetic", 160, 4e-4, rehearsal=0.15),
-            expert(2, "text", 160, 6e-4, rehearsal=0.25),
+            expert(1, "arithmetic", 160, 5e-4, rehearsal=0.15),
+            expert(2, "text", 130, 5e-4, rehearsal=0.25),
             expert(3, "ordering", 80, 1.2e-3, rehearsal=0.0),
         )
     )
