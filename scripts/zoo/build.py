@@ -65,10 +65,14 @@ def read_stamp(folder: Path) -> str | None:
     return json.loads(path.read_text())["stamp"] if path.is_file() else None
 
 
+def part_names(settings: Settings) -> list[str]:
+    """The folders of a zoo: the tasks and the models."""
+    return ["tasks", *(model.name for model in settings.models)]
+
+
 def missing(out: Path, settings: Settings, stamp: str) -> list[str]:
     """The parts of the zoo that are absent or were made by other code or settings."""
-    parts = ["tasks", *(model.name for model in settings.models)]
-    return [part for part in parts if read_stamp(out / part) != stamp]
+    return [part for part in part_names(settings) if read_stamp(out / part) != stamp]
 
 
 @contextmanager
@@ -112,9 +116,10 @@ def build_parts(out: Path, settings: Settings, stamp: str, call: Call, force: bo
     """Make the tasks and the models that are missing (with `force`, all of them), parents before their children."""
     from tasks import write_tasks
 
-    for leftover in out.glob(".*-????????"):
+    parts = part_names(settings)
+    for leftover in (path for part in parts for path in out.glob(f".{part}-????????")):
         shutil.rmtree(leftover, ignore_errors=True)
-    todo = ["tasks", *(model.name for model in settings.models)] if force else missing(out, settings, stamp)
+    todo = parts if force else missing(out, settings, stamp)
     if "tasks" in todo:
         with whole(out / "tasks", stamp) as folder:
             write_tasks(folder, settings.seed)

@@ -7,8 +7,11 @@ no merges, nothing is left to differ.
 
 from __future__ import annotations
 
+import string
+from pathlib import Path
+
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import GPT2Tokenizer
+from transformers import AutoTokenizer, GPT2Tokenizer
 
 END = "<|endoftext|>"
 PAD = "<|pad|>"
@@ -19,3 +22,16 @@ def build_tokenizer() -> GPT2Tokenizer:
     alphabet = sorted(ByteLevel.alphabet())
     vocab = {token: index for index, token in enumerate([END, PAD, *alphabet])}
     return GPT2Tokenizer(vocab=vocab, merges=[], unk_token=END, bos_token=END, eos_token=END, pad_token=PAD)
+
+
+def save_tokenizer(folder: Path) -> None:
+    """Save the tokenizer in a model's folder. Raises RuntimeError if what is loaded from there reads text differently."""
+    tokenizer = build_tokenizer()
+    tokenizer.save_pretrained(folder)
+    loaded = AutoTokenizer.from_pretrained(folder)
+    for text in (string.printable, "reverse abcde=edcba\n", "  ä € "):
+        ids = tokenizer.encode(text)
+        if loaded.encode(text) != ids or loaded.decode(ids) != text:
+            raise RuntimeError(
+                f"the tokenizer loaded from {folder} reads {text!r} differently from the one saved there"
+            )

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from settings import Settings, Shape, Training
 from skills import SKILLS, SPLITS, Item, draw_splits, held_out_keys, stream
-from tokenizer import build_tokenizer
+from tokenizer import build_tokenizer, save_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
@@ -128,4 +128,4 @@ def train(training: Training, settings: Settings, parent: Path | None, out: Path
                 flush=True,
             )
     model.save_pretrained(out)
-    build_tokenizer().save_pretrained(out)
+    save_tokenizer(out)
