@@ -25,7 +25,10 @@ def build_tokenizer() -> GPT2Tokenizer:
 
 
 def save_tokenizer(folder: Path) -> None:
-    """Save the tokenizer in a model's folder. Raises RuntimeError if what is loaded from there reads text differently."""
+    """Save the tokenizer in a model's folder.
+
+    Raises RuntimeError if the tokenizer loaded from there reads text differently.
+    """
     tokenizer = build_tokenizer()
     tokenizer.save_pretrained(folder)
     loaded = AutoTokenizer.from_pretrained(folder)
