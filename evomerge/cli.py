@@ -211,8 +211,11 @@ def _resume(options: argparse.Namespace) -> int:
 
 
 def _conclude(path: Path, results: dict[str, Any]) -> int:
+    from evomerge.recipe import Recipe
     from evomerge.searching.results import summary
+    from evomerge.spaces import describe_recipe
 
+    print("\n" + describe_recipe(Recipe.from_dict(results["winner"]["recipe"])))
     print(summary(results))
     print(f"\nThe recipe is in {path}/recipe.yaml. Write the model with: evomerge export {path} --out MODEL")
     return 0

@@ -74,6 +74,8 @@ def evaluate(
     """
     config = suite if isinstance(suite, Config) else load_config(suite, overrides)
     recipe = model if isinstance(model, Recipe) else recipe_of(str(model))
+    if split == "test" and not isinstance(model, Recipe):
+        _refuse_early_opening(Path(model))
     prepare(offline=not (config.uses_hub or recipe.uses_hub))
     from evomerge.merging import open_parents, pin, plan_merge
 
@@ -124,6 +126,15 @@ def evaluate(
         metrics={task.name: task.metric for task in built.tasks},
         fingerprint=engine.fingerprint,
     )
+
+
+def _refuse_early_opening(run: Path) -> None:
+    """Keep the test items closed to a search that has not chosen its winner."""
+    if (run / "run.db").exists() and not (run / "results.json").exists():
+        raise UserError(
+            f"{run}: this run has not ended, and its test items stay closed until it has; finish it with "
+            f"'evomerge resume {run}', or look at --split validation"
+        )
 
 
 def recipe_of(text: str) -> Recipe:

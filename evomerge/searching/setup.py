@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from evomerge.config import Config
+from evomerge.config import Config, ModelRef
 from evomerge.environment import prepare
 from evomerge.evaluation.items import SPLITS, Block, Item, Split
 from evomerge.recipe import Recipe, Source
@@ -101,6 +101,35 @@ def decide_engine(config: Config, base: Checkpoint) -> Config:
     return config.model_copy(update={"engine": decided})
 
 
+def decide_output(config: Config, base: Checkpoint) -> tuple[Config, tuple[str, ...]]:
+    """Return the config with one number format for all tensors, and a warning if the base has several.
+
+    A live model has one number format, and what is scored is what is exported.
+    """
+    formats = {str(info.dtype).removeprefix("torch.") for info in base.tensors.values()}
+    if config.output.dtype is not None or len(formats) == 1:
+        return config, ()
+    main = str(base.dtype).removeprefix("torch.")
+    output = config.output.model_copy(update={"dtype": main})
+    warning = (
+        f"the base mixes {' and '.join(sorted(formats))}; merged models are {main} throughout (output.dtype)"
+    )
+    return config.model_copy(update={"output": output}), (warning,)
+
+
+def pin_revisions(config: Config, checkpoints: Mapping[str, Checkpoint]) -> Config:
+    """Return the config with the commit of every hub model written out, so that a resume sees the same files."""
+
+    def pinned(name: str, ref: ModelRef) -> ModelRef:
+        folder = checkpoints[name].path
+        from_hub = folder.parent.name == "snapshots" and not Path(ref.path).is_absolute()
+        return ref.model_copy(update={"revision": folder.name}) if from_hub else ref
+
+    experts = {name: pinned(name, ref) for name, ref in config.models.experts.items()}
+    models = config.models.model_copy(update={"base": pinned(BASE, config.models.base), "experts": experts})
+    return config.model_copy(update={"models": models})
+
+
 def set_up(config: Config, *, file: Path | str, weights: bool = True) -> Setup:
     """Open the models, build suite, space and blocks, and check that they fit each other.
 
@@ -120,7 +149,9 @@ def set_up(config: Config, *, file: Path | str, weights: bool = True) -> Setup:
 
     checkpoints, warnings = open_models(config)
     base = checkpoints[BASE]
-    config = decide_engine(config, base)
+    config = pin_revisions(decide_engine(config, base), checkpoints)
+    config, mixed = decide_output(config, base)
+    warnings += mixed
     refs = {BASE: config.models.base, **config.models.experts}
     sources = {
         name: Source(

@@ -133,7 +133,7 @@ class Store:
         except sqlite3.OperationalError as error:
             if "locked" in str(error):
                 raise UserError(
-                    f"{self.path}: another evomerge process is driving this run; stop it first"
+                    f"{self.path}: another evomerge process is driving this run; wait until it ends, or stop it"
                 ) from None
             raise InfrastructureError(f"{self.path}: cannot be opened: {error}") from None
         except sqlite3.DatabaseError as error:

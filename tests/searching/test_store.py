@@ -128,7 +128,7 @@ def test_one_process_drives_a_run_at_a_time(path: Path) -> None:
     try:
         with pytest.raises(UserError) as caught:
             Store(path, create=False)
-        message = f"{path}: another evomerge process is driving this run; stop it first"
+        message = f"{path}: another evomerge process is driving this run; wait until it ends, or stop it"
         assert str(caught.value) == message
     finally:
         kill(writer)

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from evomerge.checkpoints import open_checkpoint
+from evomerge.config import load_config
+from evomerge.errors import UserError
+from evomerge.scoring import evaluate
+from evomerge.searching.run import search
+from evomerge.searching.setup import decide_output, pin_revisions
+from tests.models import make_family
+from tests.tasks import make_config
+
+
+def test_a_base_of_mixed_formats_is_searched_in_one(tmp_path: Path, tasks: Path) -> None:
+    family = make_family(tmp_path, dtype=torch.bfloat16)
+    for path in family.values():
+        weights = load_file(path / "model.safetensors")
+        weights = {name: w.float() if "norm" in name else w for name, w in weights.items()}
+        save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    path = make_config(tmp_path, family, tasks, budget={"candidates": 4})
+    config, [warning] = decide_output(load_config(path), open_checkpoint(str(family["base"])))
+    assert config.output.dtype == "bfloat16"
+    assert "bfloat16 and float32" in warning
+
+    run = search(path, run=tmp_path / "run")
+    exported = open_checkpoint(str(run.export(tmp_path / "model")))
+    assert {info.dtype for info in exported.tensors.values()} == {torch.bfloat16}
+
+
+def test_one_format_is_left_as_it_is(family: dict[str, Path], tasks: Path, tmp_path: Path) -> None:
+    config = load_config(make_config(tmp_path, family, tasks))
+    assert decide_output(config, open_checkpoint(str(family["base"]))) == (config, ())
+
+
+def test_hub_models_are_pinned_to_their_commit(family: dict[str, Path], tasks: Path, tmp_path: Path) -> None:
+    config = load_config(make_config(tmp_path, family, tasks))
+    base = config.models.base.model_copy(update={"path": "org/model", "revision": "main"})
+    config = config.model_copy(update={"models": config.models.model_copy(update={"base": base})})
+    opened = {name: open_checkpoint(str(path)) for name, path in family.items()}
+    opened["base"] = replace(opened["base"], path=Path("/cache/models--org--model/snapshots/abc123"))
+    pinned = pin_revisions(config, opened)
+    assert pinned.models.base.revision == "abc123"
+    assert pinned.models.experts == config.models.experts
+
+
+def test_the_test_items_of_an_unfinished_run_stay_closed(
+    family: dict[str, Path], tasks: Path, tmp_path: Path
+) -> None:
+    config = make_config(tmp_path, family, tasks, budget={"candidates": 4})
+    run = search(config, run=tmp_path / "run")
+    (run.path / "results.json").rename(tmp_path / "results.json")
+    with pytest.raises(UserError, match="test items stay closed"):
+        evaluate(run.path, config, split="test")
+    assert evaluate(run.path, config, split="validation").score["n"] == 24
