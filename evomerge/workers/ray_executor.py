@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import signal
 import threading
 import time
@@ -51,7 +52,6 @@ class RayExecutor:
         self._config = workers
         self._slots: list[_Slot] = []
         self._queue: deque[Work] = deque()
-        self._lost: deque[WorkerLost] = deque()
         self._first: Recipe | None = None
         self._started = 0
         self._fingerprint = ""
@@ -101,8 +101,6 @@ class RayExecutor:
         """See `Executor.next_event`."""
         import ray
 
-        if self._lost:
-            return self._lost.popleft()
         self._assign()
         tasks = {slot.task: slot for slot in self._slots if slot.task is not None}
         if not tasks:
@@ -149,6 +147,7 @@ class RayExecutor:
         terminate = signal.getsignal(signal.SIGTERM)
         try:
             if self._config.address:
+                _knock(self._config.address)
                 ray.init(address=self._config.address, **common)
             else:
                 count = self._config.count
@@ -161,8 +160,17 @@ class RayExecutor:
                     **common,
                 )
         except (ConnectionError, OSError, RuntimeError, ValueError, TimeoutError) as error:
-            where = f" at workers.address {self._config.address}" if self._config.address else ""
-            raise InfrastructureError(f"Ray does not start{where}: {_first_line(error)}") from None
+            if not self._config.address:
+                raise InfrastructureError(f"Ray does not start: {_first_line(error)}") from None
+            token = (
+                ""
+                if "RAY_AUTH_MODE" in os.environ
+                else "; if that cluster uses tokens, set RAY_AUTH_MODE=token"
+            )
+            raise InfrastructureError(
+                f"no Ray cluster can be reached at workers.address {self._config.address}: "
+                f"{_first_line(error)}{token}"
+            ) from None
         finally:
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, terminate or signal.SIG_DFL)
@@ -249,6 +257,13 @@ class RayExecutor:
             self._assign()
             return None
         return answer  # type: ignore[no-any-return]
+
+
+def _knock(address: str) -> None:
+    """Raise OSError at once if nobody listens at ``host:port``; Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit() and "://" not in address:
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def _cores() -> int:

@@ -16,7 +16,7 @@ import pytest
 
 import evomerge
 from evomerge.config import load_config
-from evomerge.errors import UserError
+from evomerge.errors import InfrastructureError, UserError
 from evomerge.searching.run import executor_for
 from evomerge.searching.rundir import open_run, read_status
 from evomerge.searching.setup import Setup, set_up
@@ -74,6 +74,14 @@ def works_of(setup: Setup, names: tuple[str, ...], tag: str) -> list[Work]:
         for name in names
         for block in setup.blocks["search"]
     ]
+
+
+def test_a_cluster_that_is_not_there_is_told_at_once(config: Path) -> None:
+    setup = set_up(load_config(config, ["workers.address=127.0.0.1:9"]), file=config)
+    started = time.monotonic()
+    with pytest.raises(InfrastructureError, match=r"workers.address 127.0.0.1:9"):
+        executor_for(setup, config).start(setup.baselines["base"])
+    assert time.monotonic() - started < 15
 
 
 def test_ray_and_local_workers_score_alike(executor: Executor, setup: Setup) -> None:
