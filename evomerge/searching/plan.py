@@ -12,10 +12,10 @@ from evomerge.evaluation.statistics import minimum_detectable_effect
 from evomerge.optimizers import make_optimizer
 from evomerge.searching.budget import affordable
 from evomerge.searching.selection import ARCHIVE, SNAPSHOTS
+from evomerge.searching.setup import BASE, Setup
 
 if TYPE_CHECKING:
     from evomerge.config import Budget
-    from evomerge.searching.setup import Setup
 
 CANDIDATES_PER_DIMENSION = 15
 """Fewer candidates than this per searched number rarely beat the start."""
@@ -138,12 +138,9 @@ def _warnings(setup: Setup, candidates: int | None) -> list[str]:
 
 
 def _bytes(setup: Setup) -> tuple[int, int]:
-    from evomerge.searching.setup import open_models
-
-    models, _ = open_models(setup.config)
-    parents = sum(info.nbytes for model in models.values() for info in model.tensors.values())
+    parents = sum(checkpoint.nbytes for checkpoint in setup.checkpoints.values())
     widths = {"float32": 4, "bfloat16": 2, "float16": 2}
-    base = next(iter(models.values()))
+    base = setup.checkpoints[BASE]
     dtype = setup.config.output.dtype
     live = sum(
         math.prod(info.shape) * widths[dtype] if dtype else info.nbytes for info in base.tensors.values()

@@ -25,6 +25,7 @@ from evomerge.searching.rundir import (
     load_resolved,
     open_run,
     read_status,
+    refuse_taken,
 )
 from evomerge.searching.store import CandidateRow, Store
 
@@ -164,8 +165,7 @@ def search(
     if continue_ and (folder / DATABASE).exists():
         _check_same_config(folder, parsed, file)
         return resume(folder, yes=yes, display=display)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        create_run(folder, parsed, original)
+    refuse_taken(folder)
     with _signals(), Closing(display):
         setup = _set_up(parsed, file, display)
         store = create_run(folder, setup.config, original)

@@ -23,6 +23,17 @@ LOG = "log.jsonl"
 PREVIEW = "preview.md"
 
 
+def refuse_taken(folder: Path) -> None:
+    """Refuse a place for a new run unless it does not exist or is an empty folder."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if (folder / DATABASE).exists():
+            raise UserError(
+                f"{folder}: this run exists already; continue it with 'evomerge resume {folder}', "
+                "or name another folder with --run"
+            )
+        raise UserError(f"{folder}: is not empty and not a run; name another folder with --run")
+
+
 def create_run(folder: Path, config: Config, original: str) -> Store:
     """Make a run directory and open its database.
 
@@ -34,13 +45,7 @@ def create_run(folder: Path, config: Config, original: str) -> Store:
         config: validated, paths absolute.
         original: the config file's text, kept verbatim.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        if (folder / DATABASE).exists():
-            raise UserError(
-                f"{folder}: this run exists already; continue it with 'evomerge resume {folder}', "
-                "or name another folder with --run"
-            )
-        raise UserError(f"{folder}: is not empty and not a run; name another folder with --run")
+    refuse_taken(folder)
     place = folder.resolve()
     if place == Path.cwd():
         raise UserError(f"{folder}: is the current folder; name another folder with --run")

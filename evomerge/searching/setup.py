@@ -28,6 +28,7 @@ class Setup:
 
     Attributes:
         config: with every ``auto`` of engine and suite decided.
+        checkpoints: base and experts by name, the base first.
         sources: base and experts by name, pinned to their content.
         space: genotype ↔ recipe.
         suite: the built tasks.
@@ -38,6 +39,7 @@ class Setup:
     """
 
     config: Config
+    checkpoints: Mapping[str, Checkpoint]
     sources: Mapping[str, Source]
     space: CoefficientSpace
     suite: Suite
@@ -143,7 +145,7 @@ def set_up(config: Config, *, file: Path | str, weights: bool = True) -> Setup:
     """
     prepare(offline=not config.uses_hub)
     from evomerge.checkpoints import load_tokenizer
-    from evomerge.evaluation.packing import VERSION as PACKING
+    from evomerge.evaluation.engine import packing_name
     from evomerge.evaluation.suite import Suite
     from evomerge.spaces import baseline_recipes, space_for
 
@@ -172,7 +174,7 @@ def set_up(config: Config, *, file: Path | str, weights: bool = True) -> Setup:
         block_items=config.suite.block_items,
         items_per_candidate=config.suite.items_per_candidate,
     )
-    packing = f"{PACKING}:{config.engine.batch_tokens}"
+    packing = packing_name(int(config.engine.batch_tokens))
     blocks = {
         split: suite.blocks(split, seed=config.seed, block_items=per_block, packing=packing)
         for split in SPLITS
@@ -181,6 +183,7 @@ def set_up(config: Config, *, file: Path | str, weights: bool = True) -> Setup:
     baselines = {**baseline_recipes(config, sources), "initial": space.decode(space.initial)}
     return Setup(
         config=config,
+        checkpoints=checkpoints,
         sources=sources,
         space=space,
         suite=suite,

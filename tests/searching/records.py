@@ -1,10 +1,22 @@
-"""Made-up recipes, blocks and outcomes: what a run records, without any model."""
+"""What runs record: made-up recipes, blocks and outcomes, and the comparable contents of a real run."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from evomerge.evaluation.items import Block, Item, ItemScore
 from evomerge.recipe import Merge, Recipe, Source
+from evomerge.searching.rundir import open_run
 from evomerge.workers.work import Outcome
+
+
+def canonical(run: Path) -> dict[str, list[tuple[object, ...]]]:
+    """Return what a run shares with an undisturbed one."""
+    store = open_run(run)
+    try:
+        return store.canonical()
+    finally:
+        store.close()
 
 
 def make_recipe(weight: float) -> Recipe:

@@ -12,17 +12,9 @@ import evomerge
 from evomerge.checkpoints import open_checkpoint
 from evomerge.errors import UserError
 from evomerge.searching.progress import LineDisplay, Silent, Status
-from evomerge.searching.rundir import open_run
 from tests.models import make_model
+from tests.searching.records import canonical
 from tests.tasks import make_config
-
-
-def canonical(run: Path) -> dict[str, list[tuple[object, ...]]]:
-    store = open_run(run)
-    try:
-        return store.canonical()
-    finally:
-        store.close()
 
 
 @pytest.fixture(scope="module")

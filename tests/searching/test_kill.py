@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import evomerge
-from evomerge.searching.rundir import open_run
+from tests.searching.records import canonical
 from tests.tasks import make_config
 
 
@@ -29,14 +29,6 @@ def in_child(action: Callable[[], object], *, kill_after: float | None = None) -
         time.sleep(kill_after)
         os.kill(pid, signal.SIGKILL)
     return os.waitpid(pid, 0)[1]
-
-
-def canonical(run: Path) -> dict[str, list[tuple[object, ...]]]:
-    store = open_run(run)
-    try:
-        return store.canonical()
-    finally:
-        store.close()
 
 
 @pytest.mark.parametrize("optimizer", ["cma", "tpe"])

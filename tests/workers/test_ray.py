@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -49,14 +49,19 @@ def executor(setup: Setup) -> Iterator[Executor]:
 
 
 def gather(
-    executor: Executor, works: list[Work], seconds: float = 120
+    executor: Executor,
+    works: list[Work],
+    seconds: float = 120,
+    *,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, Result], list[WorkerLost]]:
-    """Submit requests, resubmit lost ones, and return the results and the losses."""
+    """Submit requests, call `meanwhile`, resubmit what is lost; return the results and the losses."""
     waiting = {work.id: work for work in works}
     results: dict[str, Result] = {}
     lost = []
     for work in works:
         executor.submit(work)
+    meanwhile()
     end = time.monotonic() + seconds
     while len(results) < len(works) and time.monotonic() < end:
         event = executor.next_event(0.2)
@@ -110,18 +115,7 @@ def test_a_killed_worker_is_replaced_and_its_request_reported(executor: Executor
 
     pids = [ray.get(slot.actor.process_id.remote()) for slot in executor._slots]  # type: ignore[attr-defined]
     works = works_of(setup, ("b", "c", "uniform", "initial"), "killed")
-    for work in works:
-        executor.submit(work)
-    os.kill(pids[0], signal.SIGKILL)
-    results, lost = {}, []
-    end = time.monotonic() + 120
-    while len(results) < len(works) and time.monotonic() < end:
-        event = executor.next_event(0.2)
-        if isinstance(event, Result):
-            results[event.work] = event
-        elif isinstance(event, WorkerLost):
-            lost.append(event)
-            executor.submit(next(work for work in works if work.id == event.work))
+    results, lost = gather(executor, works, meanwhile=lambda: os.kill(pids[0], signal.SIGKILL))
     assert len(results) == len(works)
     assert [event.worker for event in lost] == ["worker-0"]
     assert executor.workers == 2
