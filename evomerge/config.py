@@ -276,8 +276,11 @@ class Config(Frozen):
                         f"space.parameters.{name}.per: '{spec.per}' is neither expert, shared nor an expert's name"
                         f"{nearest(str(spec.per), self.models.experts)}"
                     )
-        for parameter in method.parameters:
-            if parameter.default is None and parameter.name not in self.space.parameters:
+        for parameter in method.parameters_in(self.space.dialect):
+            if (
+                parameter.default_in(self.space.dialect) is None
+                and parameter.name not in self.space.parameters
+            ):
                 raise ValueError(f"space.parameters: {method.name} needs '{parameter.name}'")
         if not any(spec.searched for specs in self.space.parameters.values() for spec in specs):
             raise ValueError(

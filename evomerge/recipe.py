@@ -120,13 +120,13 @@ class Merge(Frozen):
         method = next((rule.method for rule in rules if rule.method), self.method)
         sources: list[Mapping[str, Value]] = [rule.parameters for rule in rules]
         values: dict[str, Value] = {}
-        for source in (*sources, self.parameters, get_method(method).defaults()):
+        for source in (*sources, self.parameters, get_method(method).defaults(self.dialect)):
             for name, value in source.items():
                 found = values.setdefault(name, value)
                 if isinstance(found, dict):
                     rest = value if isinstance(value, dict) else dict.fromkeys(self.inputs, value)
                     values[name] = {**rest, **found}
-        known = {parameter.name for parameter in get_method(method).parameters}
+        known = {parameter.name for parameter in get_method(method).parameters_in(self.dialect)}
         return method, {name: value for name, value in values.items() if name in known}
 
     @property
@@ -218,7 +218,7 @@ class Recipe(Frozen):
                 )
         declared: dict[str, list[Parameter]] = {}
         for method in methods.values():
-            for parameter in method.parameters:
+            for parameter in method.parameters_in(merge.dialect):
                 declared.setdefault(parameter.name, []).append(parameter)
         for place, values in (
             (f"{where}.parameters", merge.parameters),
@@ -232,7 +232,7 @@ class Recipe(Frozen):
                 for parameter in declared[key]:
                     _check_value(parameter, value, merge.inputs, f"{place}.{key}")
         for key, parameters in declared.items():
-            if any(parameter.default is None for parameter in parameters) and not self._always_set(
+            if any(p.default_in(merge.dialect) is None for p in parameters) and not self._always_set(
                 merge, key
             ):
                 raise ValueError(
@@ -390,10 +390,11 @@ def _canonical_merge(merge: Merge, digests: Mapping[str, str]) -> dict[str, Any]
 def _fallbacks(method: MergeMethod, merge: Merge) -> dict[str, Any]:
     """Return the value of each of a method's parameters where no rule sets it."""
     values: dict[str, Any] = {}
-    for parameter in method.parameters:
-        value = merge.parameters.get(parameter.name, parameter.default)
+    for parameter in method.parameters_in(merge.dialect):
+        default = parameter.default_in(merge.dialect)
+        value = merge.parameters.get(parameter.name, default)
         if value is not None:
-            values[parameter.name] = _plain(value, merge.inputs, parameter.default)
+            values[parameter.name] = _plain(value, merge.inputs, default)
     return values
 
 

@@ -151,7 +151,7 @@ class Space(Frozen):
     @model_validator(mode="after")
     def _fits_method(self) -> Space:
         method = get_method(self.method)
-        known = {parameter.name: parameter for parameter in method.parameters}
+        known = {parameter.name: parameter for parameter in method.parameters_in(self.dialect)}
         if self.dialect not in method.dialects:
             raise ValueError(
                 f"dialect: {method.name} has no dialect {self.dialect} (known: {', '.join(method.dialects)})"

@@ -135,6 +135,7 @@ def _chunks(
         key=job.key,
         chunk=chunk,
         dialect=job.dialect,
+        shape=job.shape,
     )
     for start, values in merged:
         if job.factor != 1.0:

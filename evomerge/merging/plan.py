@@ -259,7 +259,7 @@ def _values(
 ) -> dict[str, JobValue]:
     """Order per-input values as the inputs are, and refuse gaps."""
     values: dict[str, JobValue] = {}
-    for parameter in get_method(method).parameters:
+    for parameter in get_method(method).parameters_in(merge.dialect):
         value = resolved.get(parameter.name)
         if value is None:
             raise UserError(
@@ -268,7 +268,7 @@ def _values(
         if parameter.scope == "shared":
             values[parameter.name] = value
             continue
-        each: dict[str, Any] = dict.fromkeys(merge.inputs, parameter.default)
+        each: dict[str, Any] = dict.fromkeys(merge.inputs, parameter.default_in(merge.dialect))
         each |= value if isinstance(value, dict) else dict.fromkeys(merge.inputs, value)
         for model, own in each.items():
             if own is None:

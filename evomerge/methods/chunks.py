@@ -27,6 +27,8 @@ def merge_chunks(
     key: str = "",
     chunk: int = 1 << 18,
     dialect: str = "paper",
+    shape: Sequence[int] | None = None,
+    statistics: Sequence[Tensor] | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """Merge one tensor; yield ``(start element, flat chunk)`` in order.
 
@@ -45,6 +47,9 @@ def merge_chunks(
         key: names this tensor and these operands in the cache.
         chunk: elements per chunk.
         dialect: the method's variant.
+        shape: of the tensor, for methods that see rows or matrices; by default that of the first input.
+        statistics: one tensor per input that the method weighs the inputs with (a diagonal Fisher
+            information, a Gram matrix of a layer's inputs); None where it needs none.
 
     Raises:
         ValueError: the arguments do not fit the method.
@@ -55,9 +60,17 @@ def merge_chunks(
         raise ValueError(f"{method} has no dialect '{dialect}' (known: {', '.join(chosen.dialects)})")
     names = tuple(str(k) for k in range(len(inputs)))
     chosen.check_inputs(None if base is None else "base", names, method)
-    complete = _complete(chosen, values, len(inputs))
+    complete = _complete(chosen, values, len(inputs), dialect)
     kernel = chosen.kernels[dialect]
-    operands = Operands(base if chosen.base != "unused" else None, inputs, masks, cache, key)
+    operands = Operands(
+        base if chosen.base != "unused" else None,
+        inputs,
+        masks,
+        cache,
+        key,
+        shape=shape,
+        statistics=statistics,
+    )
     return _run(kernel, operands, complete, chunk)
 
 
@@ -73,16 +86,20 @@ def _run(kernel: Kernel, operands: Operands, values: Values, size: int) -> Itera
 
 
 def _complete(
-    method: MergeMethod, values: Mapping[str, float | bool | str | tuple[float, ...]], count: int
+    method: MergeMethod,
+    values: Mapping[str, float | bool | str | tuple[float, ...]],
+    count: int,
+    dialect: str,
 ) -> Values:
-    """Fill in defaults, and one value per input where the scope is expert."""
-    known = {parameter.name for parameter in method.parameters}
+    """Fill in the dialect's defaults, and one value per input where the scope is expert."""
+    parameters = method.parameters_in(dialect)
+    known = {parameter.name for parameter in parameters}
     for name in values:
         if name not in known:
             raise ValueError(f"{method.name} has no parameter '{name}'{nearest(name, known)}")
     complete: dict[str, Any] = {}
-    for parameter in method.parameters:
-        value: Any = values.get(parameter.name, parameter.default)
+    for parameter in parameters:
+        value: Any = values.get(parameter.name, parameter.default_in(dialect))
         if value is None:
             raise ValueError(f"{method.name} needs a value for '{parameter.name}'")
         if parameter.scope == "expert" and not isinstance(value, tuple):

@@ -146,6 +146,23 @@ class DeltaCombination:
         out.add_(chunk.base())
 
 
+@dataclass(frozen=True)
+class DenseAlgebra:
+    """Methods that need a tensor as a whole (factorisations, solves): computed at once, then cut into chunks.
+
+    Attributes:
+        formula: ``(operands, values) → θ`` in the arithmetic's dtype, of the operands' size in any shape.
+    """
+
+    formula: Callable[[Operands, Values], Tensor]
+
+    def prepare(self, operands: Operands, values: Values) -> Tensor:
+        return self.formula(operands, values).reshape(-1)
+
+    def apply(self, plan: Tensor, chunk: Chunk, out: Tensor) -> None:
+        out.copy_(plan[chunk.start : chunk.stop])
+
+
 def active(coefficients: Sequence[float], sparse: Sparse) -> list[tuple[int, float]]:
     """Return (k, c_k · scale_k) of the inputs that contribute."""
     scaled = ((k, c * scale) for k, (c, scale) in enumerate(zip(coefficients, sparse.scales, strict=True)))

@@ -26,6 +26,8 @@ class Operands:
         base: ``(n,)`` or None.
         inputs: K tensors ``(n,)``.
         size: n.
+        shape: of the tensor before it was flattened.
+        statistics: one tensor per input, or none at all.
         dtype: of the arithmetic: float64 if any operand is, else float32.
         masks: what random masks depend on, or None.
 
@@ -40,6 +42,9 @@ class Operands:
         masks: MaskKey | None = None,
         cache: TensorCache | None = None,
         key: str = "",
+        *,
+        shape: Sequence[int] | None = None,
+        statistics: Sequence[Tensor] | None = None,
     ) -> None:
         everything = [*inputs] if base is None else [base, *inputs]
         for tensor in everything:
@@ -55,6 +60,8 @@ class Operands:
         self.base = None if base is None else base.detach().reshape(-1)
         self.inputs = tuple(tensor.detach().reshape(-1) for tensor in inputs)
         self.size = self.inputs[0].numel()
+        self.shape = tuple(inputs[0].shape if shape is None else shape)
+        self.statistics = None if statistics is None else tuple(statistics)
         self.dtype = torch.float64 if any(t.dtype == torch.float64 for t in everything) else torch.float32
         self.masks = masks
         self._cache = cache
@@ -73,6 +80,15 @@ class Operands:
         stop = self.size if stop is None else min(stop, self.size)
         for begin in range(start, stop, size):
             yield Chunk(self, begin, min(begin + size, stop))
+
+    def whole(self, k: int) -> Tensor:
+        """Return θ_k in its shape and the arithmetic's dtype, freshly allocated: for dense algebra."""
+        return self.inputs[k][0 : self.size].to(self.dtype, copy=True).reshape(self.shape)
+
+    def whole_base(self) -> Tensor:
+        """Return θ_0 likewise."""
+        assert self.base is not None, "the method is declared to need a base"
+        return self.base[0 : self.size].to(self.dtype, copy=True).reshape(self.shape)
 
     def sample(self, k: int, step: int) -> Tensor:
         """Return every `step`-th element of θ_k − θ_0, freshly allocated."""

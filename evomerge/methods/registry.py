@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from evomerge.errors import nearest
@@ -26,8 +26,10 @@ class Parameter:
         doc: one sentence for `evomerge methods`.
         default: value when absent; None means that a value is required.
         low, high: bounds, inclusive; None means unbounded.
-        kind: ``float``, ``bool`` or ``choice``.
+        kind: ``float``, ``int``, ``bool`` or ``choice``.
         choices: the accepted words of a ``choice``.
+        dialects: the dialects that have it; empty: all.
+        defaults: defaults that differ from `default`, by dialect.
     """
 
     name: str
@@ -36,8 +38,14 @@ class Parameter:
     default: float | bool | str | None = None
     low: float | None = None
     high: float | None = None
-    kind: Literal["float", "bool", "choice"] = "float"
+    kind: Literal["float", "int", "bool", "choice"] = "float"
     choices: tuple[str, ...] = ()
+    dialects: tuple[str, ...] = ()
+    defaults: Mapping[str, float | bool | str] = field(default_factory=dict)
+
+    def default_in(self, dialect: str) -> float | bool | str | None:
+        """Return the default in a dialect; None means that a value is required."""
+        return self.defaults.get(dialect, self.default)
 
     def check(self, value: object, place: str) -> None:
         """Raise ValueError, naming `place`, unless `value` is one that the parameter accepts."""
@@ -51,6 +59,8 @@ class Parameter:
             return
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise ValueError(f"{place}: {value!r} is not a finite number")
+        if self.kind == "int" and not float(value).is_integer():
+            raise ValueError(f"{place}: {value!r} is not a whole number")
         if (self.low is not None and value < self.low) or (self.high is not None and value > self.high):
             raise ValueError(f"{place}: {value!r} lies outside {self.bounds}")
 
@@ -93,9 +103,14 @@ class MergeMethod:
         """The variants on offer, the default first."""
         return tuple(self.kernels)
 
-    def defaults(self) -> dict[str, float | bool | str]:
-        """Return the default of each parameter that has one."""
-        return {p.name: p.default for p in self.parameters if p.default is not None}
+    def parameters_in(self, dialect: str) -> tuple[Parameter, ...]:
+        """Return the parameters that a dialect has."""
+        return tuple(p for p in self.parameters if not p.dialects or dialect in p.dialects)
+
+    def defaults(self, dialect: str = "paper") -> dict[str, float | bool | str]:
+        """Return the default, in a dialect, of each of its parameters that has one."""
+        found = {p.name: p.default_in(dialect) for p in self.parameters_in(dialect)}
+        return {name: value for name, value in found.items() if value is not None}
 
     def check_inputs(self, base: str | None, inputs: Sequence[str], place: str) -> None:
         """Raise ValueError, naming `place`, unless the method can merge these models."""

@@ -89,7 +89,7 @@ class CoefficientSpace:
         self._output = Output(dtype=config.output.dtype, tokenizer="base", chat_template="base")
         coordinates: list[Coordinate] = []
         self._fields: list[_Field] = []
-        for parameter in self._method.parameters:
+        for parameter in self._method.parameters_in(config.space.dialect):
             specs = config.space.parameters.get(parameter.name)
             if specs is not None:
                 try:
