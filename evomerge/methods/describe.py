@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from typing import Any
 
-from evomerge.methods.registry import all_methods, get_method
+from evomerge.methods.registry import Parameter, all_methods, get_method
 
 
 def methods_table() -> list[dict[str, Any]]:
@@ -18,24 +18,30 @@ def methods_table() -> list[dict[str, Any]]:
             "inputs": {"least": method.inputs[0], "most": method.inputs[1]},
             "base": method.base,
             "random": method.random,
+            "needs": method.needs or None,
             "dialects": list(method.dialects),
-            "parameters": [
-                {
-                    "name": parameter.name,
-                    "scope": parameter.scope,
-                    "kind": parameter.kind,
-                    "required": parameter.default is None,
-                    "default": parameter.default,
-                    "low": parameter.low,
-                    "high": parameter.high,
-                    "choices": list(parameter.choices),
-                    "doc": parameter.doc,
-                }
-                for parameter in method.parameters
-            ],
+            "differs": method.differs or None,
+            "parameters": [_entry(parameter, method.dialects) for parameter in method.parameters],
         }
         for method in all_methods().values()
     ]
+
+
+def _entry(parameter: Parameter, dialects: tuple[str, ...]) -> dict[str, Any]:
+    own = [dialect for dialect in dialects if dialect in (parameter.dialects or dialects)]
+    return {
+        "name": parameter.name,
+        "scope": parameter.scope,
+        "kind": parameter.kind,
+        "dialects": own,
+        "required": parameter.default_in(own[0]) is None,
+        "default": parameter.default_in(own[0]),
+        "defaults": {dialect: parameter.default_in(dialect) for dialect in own},
+        "low": parameter.low,
+        "high": parameter.high,
+        "choices": list(parameter.choices),
+        "doc": parameter.doc,
+    }
 
 
 def describe_methods(name: str | None = None) -> str:
@@ -50,6 +56,10 @@ _BASE = {
     "input": "the base is one of the inputs",
     "unused": "the base is not used",
 }
+_NEEDS = {
+    "fisher": "a diagonal Fisher information of every input",
+    "gram": "the Gram matrices of every input's layer inputs",
+}
 
 
 def _describe(entry: dict[str, Any]) -> str:
@@ -57,21 +67,34 @@ def _describe(entry: dict[str, Any]) -> str:
     inputs = (
         f"exactly {least}" if least == most else f"{least} or more" if most is None else f"{least} to {most}"
     )
-    lines = [
-        entry["name"],
-        *(f"  {line}" for line in textwrap.wrap(entry["summary"], 100)),
-        f"  inputs: {inputs}; {_BASE[entry['base']]}; dialects: {', '.join(entry['dialects'])}"
-        + ("; draws masks from the seed" if entry["random"] else ""),
-        *textwrap.wrap(entry["paper"], 100, initial_indent="  source: ", subsequent_indent="    "),
-    ]
+    facts = [f"inputs: {inputs}", _BASE[entry["base"]], f"dialects: {', '.join(entry['dialects'])}"]
+    if entry["random"]:
+        facts.append("draws masks from the seed")
+    lines = [entry["name"], *_wrap(entry["summary"], 2), *_wrap("; ".join(facts), 2)]
+    if entry["needs"]:
+        lines += _wrap(f"needs data: {_NEEDS[entry['needs']]}", 2)
+    if entry["differs"]:
+        lines += _wrap(f"dialects differ: {entry['differs']}", 2)
+    lines += _wrap(f"source: {entry['paper']}", 2)
     for parameter in entry["parameters"]:
-        lines += textwrap.wrap(_parameter(parameter), 100, initial_indent="    ", subsequent_indent="      ")
+        lines += _wrap(_parameter(parameter, entry["dialects"]), 4)
     return "\n".join(lines)
 
 
-def _parameter(parameter: dict[str, Any]) -> str:
-    scope = "one per expert" if parameter["scope"] == "expert" else "one for all"
-    facts = [scope, "required" if parameter["required"] else f"default {_word(parameter['default'])}"]
+def _wrap(text: str, indent: int) -> list[str]:
+    return textwrap.wrap(
+        text, 100, initial_indent=" " * indent, subsequent_indent=" " * (indent + 2), break_on_hyphens=False
+    )
+
+
+def _parameter(parameter: dict[str, Any], dialects: list[str]) -> str:
+    facts = ["one per expert" if parameter["scope"] == "expert" else "one for all"]
+    if parameter["dialects"] != dialects:
+        facts.append(f"{' and '.join(parameter['dialects'])} only")
+    facts.append("required" if parameter["required"] else f"default {_word(parameter['default'])}")
+    for dialect, default in parameter["defaults"].items():
+        if default != parameter["default"]:
+            facts.append(f"in {dialect} {_word(default)}")
     if parameter["choices"]:
         facts.append(" | ".join(parameter["choices"]))
     elif parameter["low"] is not None or parameter["high"] is not None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 BaseRole = Literal["origin", "input", "unused"]
 Scope = Literal["expert", "shared"]
+Needs = Literal["", "fisher", "gram"]
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,9 @@ class MergeMethod:
         parameters: declared parameters, in order.
         kernels: the arithmetic of each dialect (`evomerge.methods.kernels`); the first is the default.
         random: whether it draws masks, so that the recipe's seed matters.
+        needs: statistics of the inputs that it weighs them with: ``fisher`` (a diagonal Fisher information
+            per weight), ``gram`` (the Gram matrix of each layer's inputs), or nothing.
+        differs: what sets the dialects apart, in a sentence or two; empty for a method with one dialect.
     """
 
     name: str
@@ -97,6 +101,8 @@ class MergeMethod:
     parameters: tuple[Parameter, ...]
     kernels: Mapping[str, Kernel]
     random: bool = False
+    needs: Needs = ""
+    differs: str = ""
 
     @property
     def dialects(self) -> tuple[str, ...]:

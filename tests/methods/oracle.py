@@ -24,13 +24,24 @@ def merge(
     cache: TensorCache | None = None,
     key: str = "",
     chunk: int = 1 << 18,
+    dialect: str = "paper",
+    statistics: Sequence[torch.Tensor] | None = None,
     **values: Any,
 ) -> torch.Tensor:
     """Run `merge_chunks` and put its chunks together; parameter `lambda` is spelt ``lambda_``."""
     values = {name.rstrip("_"): value for name, value in values.items()}
     parts, expected = [], 0
     for start, part in merge_chunks(
-        method, base, inputs, values, masks=masks, cache=cache, key=key, chunk=chunk
+        method,
+        base,
+        inputs,
+        values,
+        masks=masks,
+        cache=cache,
+        key=key,
+        chunk=chunk,
+        dialect=dialect,
+        statistics=statistics,
     ):
         assert start == expected
         assert part.dim() == 1

@@ -10,11 +10,57 @@ import numpy as np
 import pytest
 import torch
 
-from evomerge.methods import MaskKey, TensorCache, merge_chunks
+from evomerge.methods import MaskKey, TensorCache, get_method, merge_chunks
 from tests.methods import oracle
+from tests.methods.cases import Case, every_case
 from tests.methods.oracle import merge
 
 KEY = MaskKey(seed=0, experts=("a", "b"), tensor="t")
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_bits_do_not_depend_on_chunks_threads_or_the_cache(case: Case, dtype: torch.dtype) -> None:
+    base, inputs = case.operands([(1 << 17) + 12_345], dtype)
+    whole = case.merge(base, inputs)
+    threads = torch.get_num_threads()
+    try:
+        for count, chunk in ((1, 1 << 12), (2, 99_999), (2, 1 << 20)):
+            torch.set_num_threads(count)
+            assert torch.equal(case.merge(base, inputs, chunk=chunk), whole)
+    finally:
+        torch.set_num_threads(threads)
+    cache = TensorCache()
+    for _ in range(2):
+        assert torch.equal(case.merge(base, inputs, cache=cache, key="k"), whole)
+
+
+@every_case
+def test_the_bits_of_a_matrix_do_not_depend_on_chunks(case: Case) -> None:
+    base, inputs = case.operands([97, 131])
+    whole = case.merge(base, inputs)
+    assert torch.equal(case.merge(base, inputs, chunk=1000), whole)
+
+
+@every_case
+@pytest.mark.parametrize("shape", [(0,), (0, 4), (), (1,), (1, 1), (4, 1), (3, 5), (2, 3, 7)])
+def test_every_shape_is_merged(case: Case, shape: tuple[int, ...]) -> None:
+    base, inputs = case.operands(shape)
+    merged = case.merge(base, inputs)
+    assert merged.shape == torch.Size(shape)
+    assert torch.isfinite(merged).all()
+
+
+@every_case
+@pytest.mark.parametrize("shape", [(1,), (6, 5)])
+def test_inputs_that_equal_the_base_give_the_base(case: Case, shape: tuple[int, ...]) -> None:
+    if get_method(case.method).base == "unused":
+        pytest.skip("the method has no base")
+    base, _ = case.operands(shape)
+    merged = case.merge(base, [base.clone() for _ in range(case.inputs)])
+    torch.testing.assert_close(merged, base, rtol=1e-6, atol=1e-9)
+
+
 METHODS: dict[str, dict[str, Any]] = {
     "linear": {"weight": (0.3, 0.9)},
     "slerp": {"t": 0.4},
@@ -24,36 +70,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "dare_ties": {"weight": (0.3, 0.9), "density": 0.4},
 }
 every_method = pytest.mark.parametrize("method", list(METHODS))
-
-
-@every_method
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_bits_do_not_depend_on_chunks_threads_or_the_cache(method: str, dtype: torch.dtype) -> None:
-    base, experts = oracle.checkpoints((1 << 18) + 12_345, experts=2, dtype=dtype)
-    values = {**METHODS[method], "masks": KEY}
-    whole = merge(method, base, experts, **values)
-    threads = torch.get_num_threads()
-    try:
-        for count, chunk in ((1, 1 << 12), (1, 99_999), (2, 1 << 18), (2, 1 << 20)):
-            torch.set_num_threads(count)
-            assert torch.equal(merge(method, base, experts, chunk=chunk, **values), whole)
-    finally:
-        torch.set_num_threads(threads)
-    cache = TensorCache()
-    for _ in range(2):
-        assert torch.equal(merge(method, base, experts, cache=cache, key="k", **values), whole)
-
-
-@every_method
-@pytest.mark.parametrize("shape", [(0,), (0, 4), (), (1,), (3, 5), (2, 3, 7)])
-def test_every_shape_is_merged(method: str, shape: tuple[int, ...]) -> None:
-    generator = torch.Generator().manual_seed(0)
-    base, x, y = (torch.randn(shape, generator=generator) for _ in range(3))
-    merged = merge(method, base, [x, y], masks=KEY, **METHODS[method])
-    flat = merge(method, base.reshape(-1), [x.reshape(-1), y.reshape(-1)], masks=KEY, **METHODS[method])
-    assert merged.shape == torch.Size(shape)
-    assert torch.isfinite(merged).all()
-    assert torch.equal(merged.reshape(-1), flat)
 
 
 def formulas(
@@ -106,12 +122,12 @@ def test_float32_results_are_within_float32_rounding(method: str) -> None:
     np.testing.assert_allclose(merged.double().numpy(), exact, rtol=1e-6, atol=1e-8)
 
 
-@every_method
+@every_case
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_the_operands_are_only_read(method: str, dtype: torch.dtype) -> None:
-    base, experts = oracle.checkpoints(5000, experts=2, dtype=dtype)
+def test_the_operands_are_only_read(case: Case, dtype: torch.dtype) -> None:
+    base, experts = case.operands([50, 40], dtype)
     copies = [tensor.clone() for tensor in (base, *experts)]
-    merge(method, base, experts, masks=KEY, **METHODS[method])
+    case.merge(base, experts)
     assert all(torch.equal(a, b) for a, b in zip((base, *experts), copies, strict=True))
 
 

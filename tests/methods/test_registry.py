@@ -12,38 +12,50 @@ import pytest
 from evomerge.methods import Parameter, all_methods, get_method, methods_table
 from evomerge.methods.describe import describe_methods
 from evomerge.methods.registry import register
-
-
-def test_the_six_methods_are_there() -> None:
-    assert list(all_methods()) == ["dare_linear", "dare_ties", "linear", "slerp", "task_arithmetic", "ties"]
+from tests.methods.cases import YEAR
 
 
 @pytest.mark.parametrize("name", list(all_methods()))
 def test_every_method_explains_itself(name: str) -> None:
     method = get_method(name)
     assert method.summary.endswith(".")
-    assert any(year in method.paper for year in ("1985", "2022", "2023", "2024"))
-    assert method.dialects == ("paper",)
+    assert YEAR.search(method.paper)
+    assert method.dialects
     for parameter in method.parameters:
         assert parameter.doc.endswith(".")
-        if parameter.default is not None:
-            parameter.check(parameter.default, "default")
+        assert set(parameter.dialects) <= set(method.dialects)
+        for dialect in method.dialects:
+            if parameter.default_in(dialect) is not None:
+                parameter.check(parameter.default_in(dialect), "default")
 
 
-def test_what_the_base_is_for() -> None:
-    roles = {name: method.base for name, method in all_methods().items()}
-    assert roles == {
-        "linear": "unused",
-        "slerp": "unused",
-        "task_arithmetic": "origin",
-        "ties": "origin",
-        "dare_linear": "origin",
-        "dare_ties": "origin",
-    }
+@pytest.mark.parametrize("name", list(all_methods()))
+def test_dialects_that_differ_say_in_what(name: str) -> None:
+    method = get_method(name)
+    if len(method.dialects) > 1:
+        assert method.differs.endswith(".")
+    else:
+        assert not method.differs
 
 
-def test_only_the_dare_methods_draw_masks() -> None:
-    assert [name for name, method in all_methods().items() if method.random] == ["dare_linear", "dare_ties"]
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [
+        ("linear", "unused"),
+        ("slerp", "unused"),
+        ("task_arithmetic", "origin"),
+        ("ties", "origin"),
+        ("dare_linear", "origin"),
+        ("dare_ties", "origin"),
+    ],
+)
+def test_what_the_base_is_for(name: str, role: str) -> None:
+    assert get_method(name).base == role
+
+
+def test_what_draws_masks_says_so() -> None:
+    for name, method in all_methods().items():
+        assert method.random == name.startswith(("dare", "della")), name
 
 
 def test_a_name_can_be_taken_once() -> None:
@@ -99,7 +111,8 @@ def test_the_table_is_plain_data() -> None:
     table = methods_table()
     assert json.loads(json.dumps(table)) == table
     entries = {entry["name"]: entry for entry in table}
-    (weight, density, scale) = entries["ties"]["parameters"]
+    ties = {parameter["name"]: parameter for parameter in entries["ties"]["parameters"]}
+    weight, density, scale = (ties[name] for name in ("weight", "density", "lambda"))
     assert (weight["scope"], weight["default"]) == ("expert", 1.0)
     assert (density["scope"], density["default"], density["low"], density["high"]) == (
         "expert",
@@ -107,7 +120,7 @@ def test_the_table_is_plain_data() -> None:
         0.0,
         1.0,
     )
-    assert (scale["name"], scale["scope"], scale["default"]) == ("lambda", "shared", 1.0)
+    assert (scale["scope"], scale["default"]) == ("shared", 1.0)
     assert entries["linear"]["parameters"][0]["required"]
     assert entries["slerp"]["inputs"] == {"least": 2, "most": 2}
 
@@ -119,10 +132,35 @@ def test_the_description_names_every_parameter() -> None:
         describe_methods("nothing")
 
 
+def test_the_description_says_what_a_dialect_changes_and_which_data_is_needed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    method = dataclasses.replace(
+        get_method("linear"),
+        kernels=dict.fromkeys(("paper", "mergekit"), get_method("linear").kernels["paper"]),
+        needs="fisher",
+        differs="The latter is greener.",
+        parameters=(
+            Parameter("x", "shared", "How green.", 1.0, defaults={"mergekit": 2.0}),
+            Parameter("y", "expert", "How blue.", dialects=("mergekit",)),
+        ),
+    )
+    monkeypatch.setattr("evomerge.methods.describe.all_methods", lambda: {"linear": method})
+    text = describe_methods()
+    assert "needs data: a diagonal Fisher information of every input" in text
+    assert "dialects differ: The latter is greener." in text
+    assert "x (one for all, default 1, in mergekit 2): How green." in text
+    assert "y (one per expert, mergekit only, required): How blue." in text
+    (entry,) = methods_table()
+    assert (entry["needs"], entry["differs"]) == ("fisher", "The latter is greener.")
+    assert entry["parameters"][0]["defaults"] == {"paper": 1.0, "mergekit": 2.0}
+    assert entry["parameters"][1]["dialects"] == ["mergekit"]
+
+
 def test_importing_the_registry_brings_all_methods_and_no_transformers() -> None:
     code = (
         "import sys; from evomerge.methods.registry import all_methods; "
-        "print(len(all_methods()), 'transformers' in sys.modules, 'ray' in sys.modules)"
+        "print('ties' in all_methods(), 'transformers' in sys.modules, 'ray' in sys.modules)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.split() == ["6", "False", "False"]
+    assert result.stdout.split() == ["True", "False", "False"]
