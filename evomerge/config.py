@@ -266,7 +266,8 @@ class Config(Frozen):
     def _consistent(self) -> Config:
         method = get_method(self.space.method)
         try:
-            method.check_inputs("base", tuple(self.models.experts), "space.method")
+            base = "base" if self.space.base else None
+            method.check_inputs(base, tuple(self.models.experts), "space.method", self.space.dialect)
         except ValueError as error:
             raise ValueError(f"{error}; models.experts lists {', '.join(self.models.experts)}") from None
         for name, specs in self.space.parameters.items():

@@ -210,12 +210,12 @@ class Recipe(Frozen):
             raise ValueError(f"{where}.inputs: a model is listed twice")
         methods = {method: get_method(method) for method in merge.methods}
         for method in methods.values():
-            method.check_inputs(merge.base, merge.inputs, where)
             if merge.dialect not in method.dialects:
                 raise ValueError(
                     f"{where}.dialect: {method.name} has no dialect '{merge.dialect}' "
                     f"(known: {', '.join(method.dialects)})"
                 )
+            method.check_inputs(merge.base, merge.inputs, where, merge.dialect)
         declared: dict[str, list[Parameter]] = {}
         for method in methods.values():
             for parameter in method.parameters_in(merge.dialect):

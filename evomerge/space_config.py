@@ -129,11 +129,16 @@ class ParameterSpec(Frozen):
 
 
 class Space(Frozen):
-    """What may vary: the parameters of one merge method, over experts, depth and roles."""
+    """What may vary: the parameters of one merge method, over experts, depth and roles.
+
+    Attributes:
+        base: false keeps models.base out of the arithmetic of a method for which a base is optional.
+    """
 
     type: Literal["coefficients"] = "coefficients"
     method: str
     dialect: Literal["paper", "mergekit"] = "paper"
+    base: bool = True
     parameters: dict[str, tuple[ParameterSpec, ...]] = Field(default_factory=dict)
 
     @field_validator("parameters", mode="before")
@@ -156,6 +161,10 @@ class Space(Frozen):
             raise ValueError(
                 f"dialect: {method.name} has no dialect {self.dialect} (known: {', '.join(method.dialects)})"
             )
+        role = method.base_in(self.dialect)
+        if not self.base and not role.startswith("optional"):
+            reason = "does without one anyway" if role == "unused" else "cannot do without one"
+            raise ValueError(f"base: false is not accepted: {method.name} {reason}; leave it out")
         for name, specs in self.parameters.items():
             if not specs:
                 raise ValueError(

@@ -229,6 +229,7 @@ MISTAKES = [
         "space.method: slerp takes exactly 2 inputs, here are 3;",
     ),
     ("space={method: linear, parameters: {}}", "space.parameters: linear needs 'weight'"),
+    ("space.base=false", "space.base: false is not accepted: ties cannot do without one; leave it out"),
     ("space.dialect=mergkit", "space.dialect: 'mergkit' is not accepted: give paper or mergekit"),
     # ranges
     (f"{W}.range=[1.2, -0.2]", f"{W}.range: [1.2, -0.2] is empty; the first number must be the smaller one"),

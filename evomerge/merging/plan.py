@@ -217,11 +217,13 @@ class _Planner:
         merge = self._recipe.merges[source]
         name, resolved = merge.resolve(parse(job.source))
         method = get_method(name)
+        role = method.base_in(merge.dialect)
+        others = tuple(model for model in merge.inputs if model != merge.base)
         return replace(
             job,
-            inputs=merge.inputs,
+            inputs=others if role.endswith("input") else merge.inputs,
             method=name,
-            base=merge.base if method.base != "unused" else None,
+            base=None if role == "unused" else merge.base,
             dialect=merge.dialect,
             values=_values(source, merge, name, resolved, job.source),
             masks=self._masks(merge.inputs, job.source) if method.random else None,

@@ -38,7 +38,8 @@ def merge_chunks(
 
     Args:
         method: registered name.
-        base: the base's tensor; None where the method does not use one.
+        base: the base's tensor; None where the method does not use one. A base that counts as an input is
+            given here alone.
         inputs: each input's tensor, of the base's shape; float64, float32, bfloat16 or float16. Only read.
         values: the method's parameters. Expert-scope ones are tuples, one number per input (a scalar serves
             all); those that are absent take their defaults.
@@ -59,12 +60,13 @@ def merge_chunks(
     if dialect not in chosen.kernels:
         raise ValueError(f"{method} has no dialect '{dialect}' (known: {', '.join(chosen.dialects)})")
     names = tuple(str(k) for k in range(len(inputs)))
-    chosen.check_inputs(None if base is None else "base", names, method)
+    chosen.check_inputs(None if base is None else "base", names, method, dialect)
     complete = _complete(chosen, values, len(inputs), dialect)
     kernel = chosen.kernels[dialect]
+    role = chosen.base_in(dialect)
     operands = Operands(
-        base if chosen.base != "unused" else None,
-        inputs,
+        base if role.endswith("origin") else None,
+        inputs if base is None or not role.endswith("input") else [base, *inputs],
         masks,
         cache,
         key,

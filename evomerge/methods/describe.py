@@ -17,6 +17,7 @@ def methods_table() -> list[dict[str, Any]]:
             "paper": method.paper,
             "inputs": {"least": method.inputs[0], "most": method.inputs[1]},
             "base": method.base,
+            "bases": dict(method.bases),
             "random": method.random,
             "needs": method.needs or None,
             "dialects": list(method.dialects),
@@ -53,7 +54,9 @@ def describe_methods(name: str | None = None) -> str:
 
 _BASE = {
     "origin": "differences are taken from the base",
-    "input": "the base is one of the inputs",
+    "optional origin": "differences are taken from the base, if one is given",
+    "input": "the base is the first input",
+    "optional input": "the base, if one is given, is the first input",
     "unused": "the base is not used",
 }
 _NEEDS = {
@@ -62,12 +65,18 @@ _NEEDS = {
 }
 
 
+def _roles(entry: dict[str, Any]) -> str:
+    """Return what the base is for, by dialect where they differ."""
+    differing = (f"{_BASE[role]} in dialect {dialect}" for dialect, role in entry["bases"].items())
+    return ", ".join([_BASE[entry["base"]], *differing])
+
+
 def _describe(entry: dict[str, Any]) -> str:
     least, most = entry["inputs"]["least"], entry["inputs"]["most"]
     inputs = (
         f"exactly {least}" if least == most else f"{least} or more" if most is None else f"{least} to {most}"
     )
-    facts = [f"inputs: {inputs}", _BASE[entry["base"]], f"dialects: {', '.join(entry['dialects'])}"]
+    facts = [f"inputs: {inputs}", _roles(entry), f"dialects: {', '.join(entry['dialects'])}"]
     if entry["random"]:
         facts.append("draws masks from the seed")
     lines = [entry["name"], *_wrap(entry["summary"], 2), *_wrap("; ".join(facts), 2)]

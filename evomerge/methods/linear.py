@@ -29,6 +29,8 @@ def coefficients(values: Values) -> Sequence[float]:
     return [w / total for w in weights]
 
 
+AVERAGE = LinearCombination(coefficients)
+
 register(
     MergeMethod(
         name="linear",
@@ -46,6 +48,7 @@ register(
                 kind="bool",
             ),
         ),
-        kernels={"paper": LinearCombination(coefficients)},
+        kernels={"paper": AVERAGE, "mergekit": AVERAGE},
+        differs="In nothing; weights that add up to 0, which give NaN in mergekit, are refused in both.",
     )
 )

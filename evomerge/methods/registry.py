@@ -12,7 +12,9 @@ from evomerge.errors import nearest
 if TYPE_CHECKING:
     from evomerge.methods.kernels import Kernel
 
-BaseRole = Literal["origin", "input", "unused"]
+BaseRole = Literal["origin", "optional origin", "input", "optional input", "unused"]
+"""``origin``: deltas are taken from the base; ``input``: the base is merged too, as the first input."""
+
 Scope = Literal["expert", "shared"]
 Needs = Literal["", "fisher", "gram"]
 
@@ -84,13 +86,14 @@ class MergeMethod:
         summary: one sentence.
         paper: where it comes from.
         inputs: smallest and largest number of inputs (None: no limit).
-        base: ``origin`` (deltas are taken from it), ``input`` or ``unused``.
+        base: what the base is for (`BaseRole`); an optional one may be absent.
         parameters: declared parameters, in order.
         kernels: the arithmetic of each dialect (`evomerge.methods.kernels`); the first is the default.
         random: whether it draws masks, so that the recipe's seed matters.
         needs: statistics of the inputs that it weighs them with: ``fisher`` (a diagonal Fisher information
             per weight), ``gram`` (the Gram matrix of each layer's inputs), or nothing.
         differs: what sets the dialects apart, in a sentence or two; empty for a method with one dialect.
+        bases: roles of the base that differ from `base`, by dialect.
     """
 
     name: str
@@ -103,6 +106,7 @@ class MergeMethod:
     random: bool = False
     needs: Needs = ""
     differs: str = ""
+    bases: Mapping[str, BaseRole] = field(default_factory=dict)
 
     @property
     def dialects(self) -> tuple[str, ...]:
@@ -118,20 +122,36 @@ class MergeMethod:
         found = {p.name: p.default_in(dialect) for p in self.parameters_in(dialect)}
         return {name: value for name, value in found.items() if value is not None}
 
-    def check_inputs(self, base: str | None, inputs: Sequence[str], place: str) -> None:
+    def base_in(self, dialect: str) -> BaseRole:
+        """Return what the base is for in a dialect."""
+        return self.bases.get(dialect, self.base)
+
+    def merged(self, base: str | None, inputs: Sequence[str], dialect: str) -> tuple[str, ...]:
+        """Return the models that are merged with each other: the inputs, after a base that counts as one."""
+        if base is None or not self.base_in(dialect).endswith("input"):
+            return tuple(inputs)
+        return (base, *(name for name in inputs if name != base))
+
+    def check_inputs(
+        self, base: str | None, inputs: Sequence[str], place: str, dialect: str = "paper"
+    ) -> None:
         """Raise ValueError, naming `place`, unless the method can merge these models."""
         low, high = self.inputs
-        if len(inputs) < low or (high is not None and len(inputs) > high):
-            wanted = (
-                f"exactly {low}" if low == high else f"at least {low}" if high is None else f"{low} to {high}"
-            )
-            raise ValueError(f"{place}: {self.name} takes {wanted} inputs, here are {len(inputs)}")
-        if self.base == "origin" and base is None:
-            raise ValueError(f"{place}: {self.name} needs a base to take differences from")
-        if self.base == "origin" and base in inputs:
+        role = self.base_in(dialect)
+        if role in ("origin", "input") and base is None:
+            use = "to take differences from" if role == "origin" else "as the first of the models it merges"
+            raise ValueError(f"{place}: {self.name} needs a base {use}")
+        if role.endswith("origin") and base in inputs:
             raise ValueError(
                 f"{place}: '{base}' is the base and an input; {self.name} needs experts as inputs"
             )
+        count = len(self.merged(base, inputs, dialect))
+        if count < low or (high is not None and count > high):
+            wanted = (
+                f"exactly {low}" if low == high else f"at least {low}" if high is None else f"{low} to {high}"
+            )
+            counted = " with the base" if role.endswith("input") and base is not None else ""
+            raise ValueError(f"{place}: {self.name} takes {wanted} inputs, here are {count}{counted}")
 
 
 _METHODS: dict[str, MergeMethod] = {}
@@ -141,6 +161,10 @@ def register(method: MergeMethod) -> MergeMethod:
     """Add a method under its name; a name can be taken once."""
     if method.name in _METHODS:
         raise ValueError(f"merge method '{method.name}' is registered twice")
+    for dialect in method.dialects:
+        each = [p.name for p in method.parameters_in(dialect) if p.scope == "expert"]
+        if each and method.base_in(dialect).endswith("input"):
+            raise ValueError(f"{method.name}: the base as an input has no value of its own for '{each[0]}'")
     _METHODS[method.name] = method
     return method
 

@@ -40,6 +40,8 @@ def coefficients(products: Gram, values: Values) -> Sequence[float]:
     return [math.sin((1 - t) * phi) / math.sin(phi), math.sin(t * phi) / math.sin(phi)]
 
 
+SLERP = GramCombination("steps", coefficients)
+
 register(
     MergeMethod(
         name="slerp",
@@ -47,9 +49,11 @@ register(
         paper="Shoemake 1985, Animating rotation with quaternion curves, SIGGRAPH 19(3)",
         inputs=(2, 2),
         base="unused",
+        bases={"mergekit": "input"},
         parameters=(
             Parameter("t", "shared", "0 is the first input, 1 the second; values outside extrapolate."),
         ),
-        kernels={"paper": GramCombination("steps", coefficients)},
+        kernels={"paper": SLERP, "mergekit": SLERP},
+        differs="mergekit merges the base and one other model, and t = 0 is the base.",
     )
 )

@@ -83,6 +83,7 @@ class CoefficientSpace:
         """
         self._config = config
         self._method = get_method(config.space.method)
+        self._uses_base = config.space.base and self._method.base_in(config.space.dialect) != "unused"
         self._layers = num_layers
         self._experts = tuple(config.models.experts)
         self._models = {name: sources[name] for name in ("base", *self._experts)}
@@ -130,7 +131,7 @@ class CoefficientSpace:
         rules = [Rule(layers=layers, roles=roles, parameters=p) for (layers, roles), p in general.items()]
         merge = Merge(
             method=self._method.name,
-            base=None if self._method.base == "unused" else "base",
+            base="base" if self._uses_base else None,
             inputs=self._experts,
             dialect=self._config.space.dialect,
             parameters=parameters,

@@ -315,3 +315,13 @@ def test_large_finite_weights_whose_sum_overflows_pass(tmp_path):
     rewrite(base, {name: torch.full_like(read(base)[name], 3e38)})
     recipe = make_recipe({"base": base}, path=[{"model": "base", "layer": 0}])
     assert torch.equal(run(recipe)[name], read(base)[name])
+
+
+@pytest.mark.parametrize("inputs", [["b"], ["a", "b"], ["b", "a"]])
+def test_a_base_that_is_an_input_is_merged_once_and_first(family, inputs):
+    merge = {"method": "slerp", "dialect": "mergekit", "base": "a", "inputs": inputs}
+    merged = run(make_recipe(family, merge={**merge, "parameters": {"t": 0.3}}))
+    expected = run(
+        make_recipe(family, merge={"method": "slerp", "inputs": ["a", "b"], "parameters": {"t": 0.3}})
+    )
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in merged.items())

@@ -46,7 +46,7 @@ class Case:
         needs = get_method(self.method).needs
         if needs and "statistics" not in options:
             options["statistics"] = statistics(needs, inputs)
-        keep = get_method(self.method).base != "unused"
+        keep = get_method(self.method).base_in(self.dialect) != "unused"
         return oracle.merge(
             self.method,
             base if keep else None,
@@ -84,8 +84,9 @@ def cases() -> list[Case]:
     found = []
     for method in all_methods().values():
         least, most = method.inputs
-        inputs = min(max(2, least), most or 3)
+        models = min(max(2, least), most or 3)
         for dialect in method.dialects:
+            inputs = models - 1 if method.base_in(dialect) == "input" else models
             parameters = method.parameters_in(dialect)
             values = {p.name: _value(p, dialect, inputs) for p in parameters}
             known = {p.name for p in parameters}

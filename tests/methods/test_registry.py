@@ -53,6 +53,10 @@ def test_what_the_base_is_for(name: str, role: str) -> None:
     assert get_method(name).base == role
 
 
+def test_the_base_is_an_input_of_mergekits_slerp() -> None:
+    assert get_method("slerp").base_in("mergekit") == "input"
+
+
 def test_what_draws_masks_says_so() -> None:
     for name, method in all_methods().items():
         assert method.random == name.startswith(("dare", "della")), name
@@ -71,6 +75,25 @@ def test_an_unknown_method_names_the_nearest() -> None:
 def test_slerp_takes_exactly_two_inputs() -> None:
     with pytest.raises(ValueError, match=r"merges\.m: slerp takes exactly 2 inputs, here are 3"):
         get_method("slerp").check_inputs(None, ("a", "b", "c"), "merges.m")
+
+
+def test_a_base_that_is_an_input_counts_as_one() -> None:
+    slerp = get_method("slerp")
+    for inputs in (("b",), ("a", "b"), ("b", "a")):
+        slerp.check_inputs("a", inputs, "here", "mergekit")
+        assert slerp.merged("a", inputs, "mergekit") == ("a", "b")
+    with pytest.raises(ValueError, match="here: slerp takes exactly 2 inputs, here are 3 with the base"):
+        slerp.check_inputs("c", ("a", "b"), "here", "mergekit")
+    with pytest.raises(ValueError, match="here are 1 with the base"):
+        slerp.check_inputs("a", ("a",), "here", "mergekit")
+    with pytest.raises(ValueError, match="slerp needs a base as the first of the models it merges"):
+        slerp.check_inputs(None, ("a", "b"), "here", "mergekit")
+
+
+def test_a_base_that_is_an_input_leaves_no_room_for_values_by_input() -> None:
+    method = dataclasses.replace(get_method("linear"), name="new", base="input")
+    with pytest.raises(ValueError, match="new: the base as an input has no value of its own for 'weight'"):
+        register(method)
 
 
 def test_task_vectors_need_a_base_that_is_no_input() -> None:

@@ -90,3 +90,9 @@ def test_one_element_tensors_are_interpolated_linearly() -> None:
 def test_a_non_finite_input_gives_a_non_finite_result() -> None:
     x, y = torch.tensor([1.0, float("nan")]), torch.tensor([0.0, 1.0])
     assert not torch.isfinite(merge("slerp", None, [x, y], t=0.5)).any()
+
+
+def test_in_mergekits_dialect_the_base_is_where_t_is_0() -> None:
+    generator = torch.Generator().manual_seed(1)
+    x, y = (torch.randn(1000, generator=generator) for _ in range(2))
+    assert torch.equal(merge("slerp", x, [y], t=0.3, dialect="mergekit"), merge("slerp", None, [x, y], t=0.3))
