@@ -8,23 +8,59 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    StableLmConfig,
+    StableLmForCausalLM,
 )
 
-KINDS = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "mistral": (MistralConfig, MistralForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+_GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 4}
+
+ARCHITECTURES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "mistral": (MistralConfig, MistralForCausalLM, {}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 8}),
+    "gemma2": (Gemma2Config, Gemma2ForCausalLM, _GEMMA),
+    "gemma3_text": (Gemma3TextConfig, Gemma3ForCausalLM, _GEMMA),
+    "phi3": (Phi3Config, Phi3ForCausalLM, {}),
+    "gpt_neox": (GPTNeoXConfig, GPTNeoXForCausalLM, {}),
+    "stablelm": (StableLmConfig, StableLmForCausalLM, {}),
+    "gpt2": (GPT2Config, GPT2LMHeadModel, {}),
+    "olmo2": (Olmo2Config, Olmo2ForCausalLM, {}),
+    "mixtral": (MixtralConfig, MixtralForCausalLM, {"num_local_experts": 3}),
+    "qwen3_moe": (
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+        {"head_dim": 8, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    ),
 }
+"""Config class, model class, and what a tiny config needs besides the sizes, by ``model_type``."""
+
+KINDS = ("llama", "mistral", "qwen2", "qwen3")
 VOCAB = 259
 
 
@@ -59,7 +95,7 @@ def make_model(
     **config: Any,
 ) -> Path:
     """Write a tiny random model; with `base`, that model plus seeded noise (an "expert")."""
-    config_class, model_class = KINDS[kind]
+    config_class, model_class, own = ARCHITECTURES[kind]
     generator = torch.Generator().manual_seed(seed)
     settings = config_class(
         vocab_size=VOCAB,
@@ -73,8 +109,7 @@ def make_model(
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=2,
-        **({"head_dim": hidden // 4} if kind == "qwen3" else {}),
-        **config,
+        **{**own, **config},
     )
     if base is None:
         model = model_class(settings)

@@ -3,7 +3,7 @@
 from evomerge.checkpoints.compatibility import check_compatible
 from evomerge.checkpoints.header import TensorInfo
 from evomerge.checkpoints.locate import locate
-from evomerge.checkpoints.names import ROLES, Position, Role, TensorName, is_buffer, parse
+from evomerge.checkpoints.names import ROLES, Position, Role, TensorName, is_buffer, is_transposed, parse
 from evomerge.checkpoints.reader import Checkpoint, open_checkpoint
 from evomerge.checkpoints.tokenizer import (
     CHAT_TEMPLATE_FILES,
@@ -28,6 +28,7 @@ __all__ = [
     "check_compatible",
     "check_tokenizers",
     "is_buffer",
+    "is_transposed",
     "load_tokenizer",
     "locate",
     "open_checkpoint",

@@ -6,9 +6,10 @@ By rule from the components of the name, so that architectures need no table eac
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 Role = Literal["attention", "mlp", "router", "mixer", "norm", "embedding", "head", "other"]
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -30,8 +31,13 @@ _MIXER = {"mixer", "mamba", "ssm", "linear_attn", "linear_attention"}
 
 # Tensors that some checkpoints carry and that are recomputed from the config at load.
 _BUFFERS = re.compile(
-    r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|(attn|attention)\.(bias|masked_bias)|position_ids)$"
+    r"(^|\.)(rotary_emb\.(\w+_)?(inv_freq|cos_cached|sin_cached)|"
+    r"(attn|crossattention|attention)\.(bias|masked_bias)|position_ids|embed_tokens\.embed_scale)$"
 )
+
+# Model types whose linear layers are `Conv1D` modules of transformers, which keep weights as (in, out).
+_CONV1D_TYPES = {"gpt2", "openai-gpt", "decision_transformer"}
+_CONV1D = re.compile(r"(^|\.)(c_attn|q_attn|c_proj|c_fc)\.weight$")
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,16 @@ def parse(name: str) -> TensorName:
 def is_buffer(name: str) -> bool:
     """Whether a tensor is a known buffer that no merge touches (inverse frequencies, causal masks)."""
     return _BUFFERS.search(name) is not None
+
+
+def is_transposed(config: Mapping[str, Any], name: str) -> bool:
+    """Whether a matrix is stored as (in, out) instead of (out, in), as GPT-2's linear layers are.
+
+    Args:
+        config: the checkpoint's ``config.json``.
+        name: of the tensor.
+    """
+    return config.get("model_type") in _CONV1D_TYPES and _CONV1D.search(name) is not None
 
 
 def _role(parts: list[str], *, in_layer: bool) -> Role:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from evomerge.checkpoints.names import is_buffer, parse
+from evomerge.checkpoints.names import is_buffer, is_transposed, parse
 from evomerge.checkpoints.reader import open_checkpoint
+from tests.models import make_model
 
 ATTENTION = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight")
 LLAMA = {
@@ -23,6 +24,79 @@ LAYERS = {
     "mistral": LLAMA,
     "qwen2": {**LLAMA, **{f"self_attn.{name}_proj.bias": "attention" for name in "qkv"}},
     "qwen3": {**LLAMA, "self_attn.q_norm.weight": "norm", "self_attn.k_norm.weight": "norm"},
+}
+GEMMA = {
+    **LLAMA,
+    "pre_feedforward_layernorm.weight": "norm",
+    "post_feedforward_layernorm.weight": "norm",
+}
+QK_NORM = {"self_attn.q_norm.weight": "norm", "self_attn.k_norm.weight": "norm"}
+EXPERTS = {"mlp.gate.weight": "router"} | {
+    f"mlp.experts.{expert}.{name}_proj.weight": "mlp"
+    for expert in range(3)
+    for name in ("gate", "up", "down")
+}
+OTHER_LAYERS = {
+    "gemma2": GEMMA,
+    "gemma3_text": {**GEMMA, **QK_NORM},
+    "phi3": {
+        "self_attn.qkv_proj.weight": "attention",
+        "self_attn.o_proj.weight": "attention",
+        "mlp.gate_up_proj.weight": "mlp",
+        "mlp.down_proj.weight": "mlp",
+        "input_layernorm.weight": "norm",
+        "post_attention_layernorm.weight": "norm",
+    },
+    "gpt_neox": {
+        f"{module}.{leaf}": role
+        for module, role in {
+            "attention.query_key_value": "attention",
+            "attention.dense": "attention",
+            "mlp.dense_h_to_4h": "mlp",
+            "mlp.dense_4h_to_h": "mlp",
+            "input_layernorm": "norm",
+            "post_attention_layernorm": "norm",
+        }.items()
+        for leaf in ("weight", "bias")
+    },
+    "stablelm": {**LLAMA, "input_layernorm.bias": "norm", "post_attention_layernorm.bias": "norm"},
+    "gpt2": {
+        f"{module}.{leaf}": role
+        for module, role in {
+            "attn.c_attn": "attention",
+            "attn.c_proj": "attention",
+            "mlp.c_fc": "mlp",
+            "mlp.c_proj": "mlp",
+            "ln_1": "norm",
+            "ln_2": "norm",
+        }.items()
+        for leaf in ("weight", "bias")
+    },
+    "olmo2": {
+        **{name: role for name, role in GEMMA.items() if name[:4] not in ("inpu", "pre_")},
+        **QK_NORM,
+    },
+    "mixtral": {
+        **{name: role for name, role in LLAMA.items() if role != "mlp"},
+        "block_sparse_moe.gate.weight": "router",
+        **{f"block_sparse_moe.experts.{e}.w{w}.weight": "mlp" for e in range(3) for w in (1, 2, 3)},
+    },
+    "qwen3_moe": {**{name: role for name, role in LLAMA.items() if role != "mlp"}, **QK_NORM, **EXPERTS},
+}
+OTHER_OUTSIDE = {
+    "gpt_neox": {
+        "gpt_neox.embed_in.weight": ("pre", "embedding"),
+        "gpt_neox.final_layer_norm.weight": ("post", "norm"),
+        "gpt_neox.final_layer_norm.bias": ("post", "norm"),
+        "embed_out.weight": ("post", "head"),
+    },
+    "gpt2": {
+        "transformer.wte.weight": ("pre", "embedding"),
+        "transformer.wpe.weight": ("pre", "embedding"),
+        "transformer.ln_f.weight": ("post", "norm"),
+        "transformer.ln_f.bias": ("post", "norm"),
+        "lm_head.weight": ("post", "head"),
+    },
 }
 OUTSIDE = {
     "model.embed_tokens.weight": ("pre", "embedding"),
@@ -76,6 +150,37 @@ def test_every_tensor_of_the_four_families_has_its_role_and_position(any_model: 
     assert {name: (parse(name).position, parse(name).role) for name in checkpoint.tensors} == expected
 
 
+@pytest.mark.parametrize("kind", OTHER_LAYERS)
+def test_every_tensor_of_the_other_families_has_its_role_and_position(kind: str, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(make_model(tmp_path / "model", kind=kind, layers=2, tokenizer=False))
+    prefix = {"gpt_neox": "gpt_neox.layers", "gpt2": "transformer.h"}.get(kind, "model.layers")
+    outside = OTHER_OUTSIDE.get(kind, OUTSIDE)
+    if kind == "stablelm":
+        outside = {**outside, "model.norm.bias": ("post", "norm")}
+    expected = {
+        f"{prefix}.{layer}.{suffix}": (layer, role)
+        for layer in range(2)
+        for suffix, role in OTHER_LAYERS[kind].items()
+    } | outside
+    assert {name: (parse(name).position, parse(name).role) for name in checkpoint.tensors} == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "transposed"),
+    [
+        ("gpt2", "transformer.h.0.attn.c_attn.weight", True),
+        ("gpt2", "transformer.h.11.mlp.c_proj.weight", True),
+        ("gpt2", "transformer.h.0.mlp.c_fc.bias", False),
+        ("gpt2", "transformer.wte.weight", False),
+        ("gpt2", "lm_head.weight", False),
+        ("gpt_bigcode", "transformer.h.0.attn.c_attn.weight", False),
+        ("llama", "model.layers.0.mlp.up_proj.weight", False),
+    ],
+)
+def test_matrices_of_gpt2_are_stored_transposed(kind: str, name: str, transposed: bool) -> None:
+    assert is_transposed({"model_type": kind}, name) is transposed
+
+
 @pytest.mark.parametrize(("name", "position", "role"), OTHERS)
 def test_names_of_other_families(name: str, position: int | str, role: str) -> None:
     assert (parse(name).position, parse(name).role) == (position, role)
@@ -94,6 +199,9 @@ def test_a_stem_leads_to_the_same_tensor_of_another_layer() -> None:
         ("transformer.h.0.attn.bias", True),
         ("transformer.h.0.attn.masked_bias", True),
         ("gpt_neox.layers.0.attention.bias", True),
+        ("gpt_neox.layers.0.attention.rotary_emb.inv_freq", True),
+        ("model.rotary_emb.sliding_attention_inv_freq", True),
+        ("model.embed_tokens.embed_scale", True),
         ("embeddings.position_ids", True),
         ("transformer.h.0.attn.c_attn.bias", False),
         ("gpt_neox.layers.0.attention.dense.bias", False),
