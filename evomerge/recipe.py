@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -16,10 +16,7 @@ from evomerge.checkpoints.names import ROLES, Position, Role, TensorName
 from evomerge.errors import UserError, nearest
 from evomerge.methods.registry import MergeMethod, Parameter, get_method
 from evomerge.schema import Frozen, Number, Whole, dump_yaml, read_yaml, shown, validate
-
-Scalar = bool | float | str
-Value = Scalar | dict[str, Scalar]
-"""A parameter's value: one for all, or one for each input by name."""
+from evomerge.settings import Scalar, Value, canonical, evaluate, scalars
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -97,9 +94,10 @@ class Rule(Frozen):
 class Merge(Frozen):
     """One merge of whole models.
 
-    For each parameter of a tensor, and for each input where values are given by name, the first rule that
-    matches the tensor and sets it gives the value; then the merge's own `parameters`, then the method's
-    default. The method is found likewise.
+    For each parameter of a tensor, and for each input, the first rule that matches the tensor and sets it
+    gives the value; then the merge's own `parameters`, then the method's default. The method is found
+    likewise. A value may be a gradient over depth, or depend on the tensor's name (`evomerge.settings`);
+    where no filter of a place matches, the next place is asked.
     """
 
     method: str
@@ -114,20 +112,48 @@ class Merge(Frozen):
     def _known_method(cls, name: str) -> str:
         return get_method(name).name
 
-    def resolve(self, tensor: TensorName) -> tuple[str, dict[str, Value]]:
-        """Return the method's name and every parameter's value for one tensor, defaults included."""
+    def resolve(
+        self,
+        tensor: TensorName,
+        depth: float = 0.0,
+        *,
+        output: str | None = None,
+        names: Mapping[str, str] | None = None,
+    ) -> tuple[str, dict[str, Scalar | dict[str, Scalar]]]:
+        """Return the method's name and every parameter's value for one tensor, defaults included.
+
+        Args:
+            tensor: what the rules are matched with.
+            depth: place in gradients: 0 at the first layer and outside the layers, 1 at the last layer.
+            output: the tensor's name in the merged model, which filters of shared parameters see; the same
+                by default.
+            names: the tensor's name in each input, which filters of its own parameters see; where it differs.
+
+        Returns:
+            For a parameter with a value per input those values by name, or one where all agree. What has
+            no value is absent.
+        """
         rules = [rule for rule in self.rules if rule.matches(tensor)]
         method = next((rule.method for rule in rules if rule.method), self.method)
-        sources: list[Mapping[str, Value]] = [rule.parameters for rule in rules]
-        values: dict[str, Value] = {}
-        for source in (*sources, self.parameters, get_method(method).defaults(self.dialect)):
-            for name, value in source.items():
-                found = values.setdefault(name, value)
-                if isinstance(found, dict):
-                    rest = value if isinstance(value, dict) else dict.fromkeys(self.inputs, value)
-                    values[name] = {**rest, **found}
-        known = {parameter.name for parameter in get_method(method).parameters_in(self.dialect)}
-        return method, {name: value for name, value in values.items() if name in known}
+        places = [*(rule.parameters for rule in rules), self.parameters]
+        values: dict[str, Scalar | dict[str, Scalar]] = {}
+        for parameter in get_method(method).parameters_in(self.dialect):
+            settings = [place[parameter.name] for place in places if parameter.name in place]
+            default = parameter.default_in(self.dialect)
+            if parameter.scope == "shared":
+                found = _first(settings, "", output or tensor.name, depth, default)
+                if found is not None:
+                    values[parameter.name] = found
+                continue
+            each = {
+                name: _first(settings, name, (names or {}).get(name, tensor.name), depth, default)
+                for name in self.inputs
+            }
+            known = {name: value for name, value in each.items() if value is not None}
+            agreed = len(known) == len(each) and len(set(map(repr, known.values()))) == 1
+            if known:
+                values[parameter.name] = next(iter(known.values())) if agreed else known
+        return method, values
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -136,11 +162,20 @@ class Merge(Frozen):
 
 
 class Hop(Frozen):
-    """One layer of a path: a model's or a merge's layer, entered by a scaled residual stream."""
+    """One layer of a path: a model's or a merge's layer, entered by a scaled residual stream.
+
+    Attributes:
+        model, merge: name of the source, one of the two.
+        layer: which layer of it; rules that name layers mean this number.
+        layers: for models of a merge that give another of their layers, which one, by name. The model that
+            gives the merge its tensor set (the base, else the first input) always gives `layer`.
+        scale: factor of the residual stream that enters the layer.
+    """
 
     model: str | None = None
     merge: str | None = None
     layer: Whole = Field(ge=0)
+    layers: dict[str, Annotated[Whole, Field(ge=0)]] = Field(default_factory=dict)
     scale: Number = 1.0
 
     @model_validator(mode="after")
@@ -148,6 +183,10 @@ class Hop(Frozen):
         if (self.model is None) == (self.merge is None):
             given = "both" if self.model is not None else "neither"
             raise ValueError(f"a hop names either a 'model' or a 'merge', this one {given}")
+        if self.layers and self.merge is None:
+            raise ValueError(
+                "layers: a model has one layer here, 'layer'; layers of their own are for merges"
+            )
         if self.scale == 0:
             raise ValueError("scale: 0 wipes out the residual stream; give another number")
         return self
@@ -165,7 +204,8 @@ class Recipe(Frozen):
     """A merged model: parents, merges, optionally a path through their layers, and the output's form.
 
     Without `path` the output is the only merge, all layers in order. With it, layer i of the output is hop
-    i; embeddings come from the first hop's source, final norm and head from the last one's.
+    i; embeddings come from the first hop's source, final norm and head from the last one's. Gradients of a
+    merge span all layers, or the hops of the path that are layers of the merge.
     """
 
     evomerge: Literal[1] = 1
@@ -194,6 +234,8 @@ class Recipe(Frozen):
                     raise ValueError(
                         f"path.{i}.{kind}: no {kind} is called '{ref}'{nearest(str(ref), known)}"
                     )
+                if hop.merge is not None:
+                    self._check_layers(f"path.{i}.layers", hop, self.merges[hop.merge])
         elif len(self.merges) != 1:
             raise ValueError(f"merges: without a path there is exactly one, here are {len(self.merges)}")
         for key, ref in (("tokenizer", self.output.tokenizer), ("chat_template", self.output.chat_template)):
@@ -235,8 +277,18 @@ class Recipe(Frozen):
             if any(p.default_in(merge.dialect) is None for p in parameters) and not self._always_set(
                 merge, key
             ):
+                user = next(m.name for m in methods.values() if key in _required(m, merge.dialect))
+                raise ValueError(f"{where}.parameters: {user} needs a value for '{key}' for every input")
+
+    @staticmethod
+    def _check_layers(where: str, hop: Hop, merge: Merge) -> None:
+        donor, others = merge.base or merge.inputs[0], set(merge.inputs)
+        for name in hop.layers:
+            if name == donor:
+                raise ValueError(f"{where}: '{name}' gives the merge its form; write its layer as 'layer'")
+            if name not in others:
                 raise ValueError(
-                    f"{where}.parameters: {merge.method} needs a value for '{key}' for every input"
+                    f"{where}: '{name}' is not an input of '{hop.merge}'{nearest(name, merge.inputs)}"
                 )
 
     @staticmethod
@@ -244,7 +296,8 @@ class Recipe(Frozen):
         """Whether a required parameter has a value for every input, as far as this can be seen here."""
         places = [merge.parameters, *(rule.parameters for rule in merge.rules)]
         values = [place[key] for place in places if key in place]
-        return any(not isinstance(value, dict) or set(value) == set(merge.inputs) for value in values)
+        covered = {name for value in values for name in (value if isinstance(value, dict) else merge.inputs)}
+        return covered >= set(merge.inputs)
 
     @property
     def uses_hub(self) -> bool:
@@ -273,7 +326,12 @@ class Recipe(Frozen):
             body: Any = next(iter(merges.values()))
         else:
             body = [
-                [merges[hop.merge] if hop.merge else digests[str(hop.model)], hop.layer, float(hop.scale)]
+                [
+                    merges[hop.merge] if hop.merge else digests[str(hop.model)],
+                    hop.layer,
+                    float(hop.scale),
+                    *([self._layers_of_inputs(hop)] if hop.layers else []),
+                ]
                 for hop in self.path
             ]
         random = any(get_method(method).random for name in used for method in self.merges[name].methods)
@@ -286,6 +344,9 @@ class Recipe(Frozen):
             "seed": self.seed if random else None,
         }
         return hashlib.sha256(json.dumps(canonical, sort_keys=True).encode()).hexdigest()
+
+    def _layers_of_inputs(self, hop: Hop) -> list[int]:
+        return [hop.layers.get(name, hop.layer) for name in self.merges[str(hop.merge)].inputs]
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         """Return a copy with changed fields, which has a hash of its own."""
@@ -351,18 +412,36 @@ def expand_home(text: str) -> Path:
         raise UserError(f"{text}: there is no such home folder; write the path out") from None
 
 
+def _required(method: MergeMethod, dialect: str) -> list[str]:
+    return [p.name for p in method.parameters_in(dialect) if p.default_in(dialect) is None]
+
+
 def _check_value(parameter: Parameter, value: Value, inputs: Sequence[str], place: str) -> None:
     if not isinstance(value, dict):
-        parameter.check(value, place)
+        for item in scalars(value):
+            parameter.check(item, place)
         return
     if parameter.scope != "expert":
         raise ValueError(f"{place}: has one value for all inputs, not one each")
     if not value:
         raise ValueError(f"{place}: is empty; give one value for all inputs, or one each by name")
-    for name, item in value.items():
+    for name, setting in value.items():
         if name not in inputs:
             raise ValueError(f"{place}: '{name}' is not an input of the merge{nearest(name, inputs)}")
-        parameter.check(item, f"{place}.{name}")
+        for item in scalars(setting):
+            parameter.check(item, f"{place}.{name}")
+
+
+def _first(
+    values: Sequence[Value], model: str, tensor: str, depth: float, default: Scalar | None
+) -> Scalar | None:
+    """Return what the first place that says something gives one input (`model`) for one tensor."""
+    for value in values:
+        setting = value.get(model) if isinstance(value, dict) else value
+        found = None if setting is None else evaluate(setting, tensor, depth)
+        if found is not None:
+            return found
+    return default
 
 
 def _canonical_merge(merge: Merge, digests: Mapping[str, str]) -> dict[str, Any]:
@@ -401,9 +480,9 @@ def _fallbacks(method: MergeMethod, merge: Merge) -> dict[str, Any]:
 def _plain(value: Value, inputs: Sequence[str], gap: Scalar | None = None) -> Any:
     """Return numbers as floats, and values by name as one for each input in order, or one where all agree."""
     if not isinstance(value, dict):
-        return value if isinstance(value, bool | str) else float(value)
-    each = [value.get(name, gap) for name in inputs]
-    each = [item if isinstance(item, bool | str | None) else float(item) for item in each]
+        return canonical(value)
+    settings = [value.get(name, gap) for name in inputs]
+    each = [None if setting is None else canonical(setting) for setting in settings]
     return each[0] if all(item == each[0] for item in each) else each
 
 
@@ -412,6 +491,8 @@ def _tidy(data: dict[str, Any]) -> dict[str, Any]:
     for hop in data.get("path", []):
         if hop["scale"] == 1:
             del hop["scale"]
+        if not hop["layers"]:
+            del hop["layers"]
     for merge in data.get("merges", {}).values():
         for rule in merge.get("rules", []):
             if not rule.get("parameters"):

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from evomerge.checkpoints.names import parse
 from evomerge.checkpoints.reader import Checkpoint
 from evomerge.errors import CheckpointError
 
 _SHOWN = 3
+_DEPTH = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 # Keys that must agree, with the names that families give them. They decide shapes or how shapes are read.
 _DECISIVE: tuple[tuple[str, ...], ...] = (
     ("model_type",),
     ("hidden_size", "n_embd", "d_model"),
-    ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
+    _DEPTH,
     ("intermediate_size", "n_inner", "ffn_dim"),
     ("vocab_size",),
     ("num_attention_heads", "n_head", "n_heads"),
@@ -38,12 +40,15 @@ _FORWARD: tuple[tuple[str, ...], ...] = (
 )
 
 
-def check_compatible(base: Checkpoint, others: Mapping[str, Checkpoint]) -> list[str]:
+def check_compatible(
+    base: Checkpoint, others: Mapping[str, Checkpoint], *, any_depth: bool = False
+) -> list[str]:
     """Refuse checkpoints that cannot be merged: other architecture, sizes, tying, tensors or shapes.
 
     Args:
         base: what the others are compared with.
         others: by name.
+        any_depth: models may have different numbers of layers; the layers that both have are compared.
 
     Returns:
         Warnings, one sentence each: config keys that leave the tensors mergeable but change what is computed
@@ -54,8 +59,8 @@ def check_compatible(base: Checkpoint, others: Mapping[str, Checkpoint]) -> list
     """
     warnings: list[str] = []
     for name, other in others.items():
-        _check_config(base, name, other)
-        _check_tensors(base, name, other)
+        _check_config(base, name, other, any_depth)
+        _check_tensors(base, name, other, any_depth)
         warnings += _forward_differences(base, name, other)
     return warnings
 
@@ -101,8 +106,10 @@ def _key(config: Mapping[str, Any], keys: tuple[str, ...]) -> str:
     return next((key for key in keys if key in config), keys[0])
 
 
-def _check_config(base: Checkpoint, name: str, other: Checkpoint) -> None:
+def _check_config(base: Checkpoint, name: str, other: Checkpoint, any_depth: bool) -> None:
     for keys in _DECISIVE:
+        if any_depth and keys == _DEPTH:
+            continue
         ours, theirs = _value(base.config, keys), _value(other.config, keys)
         if ours is not None and theirs is not None and ours != theirs:
             raise CheckpointError(
@@ -117,9 +124,15 @@ def _check_config(base: Checkpoint, name: str, other: Checkpoint) -> None:
         )
 
 
-def _check_tensors(base: Checkpoint, name: str, other: Checkpoint) -> None:
-    missing = [tensor for tensor in base.tensors if tensor not in other.tensors]
-    unknown = [tensor for tensor in other.tensors if tensor not in base.tensors]
+def _check_tensors(base: Checkpoint, name: str, other: Checkpoint, any_depth: bool) -> None:
+    shared = min(base.num_layers, other.num_layers) if any_depth else None
+
+    def compared(checkpoint: Checkpoint) -> list[str]:
+        places = ((tensor, parse(tensor).position) for tensor in checkpoint.tensors)
+        return [t for t, place in places if shared is None or isinstance(place, str) or place < shared]
+
+    missing = [tensor for tensor in compared(base) if tensor not in other.tensors]
+    unknown = [tensor for tensor in compared(other) if tensor not in base.tensors]
     if missing:
         raise CheckpointError(
             f"{other.path}: expert '{name}' lacks {_list(missing)}, which {_called(base)} has; "
@@ -130,7 +143,7 @@ def _check_tensors(base: Checkpoint, name: str, other: Checkpoint) -> None:
             f"{other.path}: expert '{name}' has {_list(unknown)}, unknown to {_called(base)}; "
             "only fine-tunes of one architecture can be merged"
         )
-    differing = [t for t in base.tensors if base.tensors[t].shape != other.tensors[t].shape]
+    differing = [t for t in compared(base) if base.tensors[t].shape != other.tensors[t].shape]
     if differing:
         first, rest = differing[0], len(differing) - 1
         more = f"; {rest} further tensors differ in shape too" if rest else ""

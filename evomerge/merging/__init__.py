@@ -159,17 +159,24 @@ def open_parents(recipe: Recipe) -> dict[str, Checkpoint]:
         )
     merged, speaking = _merged_together(recipe), _token_users(recipe)
     warnings: list[str] = []
-    for first, *others in merged:
-        warnings += check_compatible(checkpoints[first], {name: checkpoints[name] for name in others})
-    for first, *others in [*merged, speaking]:
+    for (first, *others), any_depth in merged:
+        warnings += check_compatible(
+            checkpoints[first], {name: checkpoints[name] for name in others}, any_depth=any_depth
+        )
+    for first, *others in [*(names for names, _ in merged), speaking]:
         warnings += check_tokenizers(checkpoints[first], {name: checkpoints[name] for name in others})
     for warning in dict.fromkeys(warnings):
         _log.warning("%s", warning)
     return checkpoints
 
 
-def _merged_together(recipe: Recipe) -> list[list[str]]:
-    return [list(dict.fromkeys([donor_of(recipe, name), *m.inputs])) for name, m in recipe.merges.items()]
+def _merged_together(recipe: Recipe) -> list[tuple[list[str], bool]]:
+    """The models of each merge, its donor first, and whether they may differ in their number of layers."""
+    chosen = {hop.merge for hop in recipe.path or () if hop.layers}
+    return [
+        (list(dict.fromkeys([donor_of(recipe, name), *merge.inputs])), name in chosen)
+        for name, merge in recipe.merges.items()
+    ]
 
 
 def _token_users(recipe: Recipe) -> list[str]:

@@ -120,11 +120,11 @@ def _chunks(
     job: TensorJob, read: Callable[[str, str], torch.Tensor], cache: TensorCache | None, chunk: int
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Yield (first element, values in the output's number format); values are valid until the next one."""
-    inputs = [read(model, job.source) for model in job.inputs]
+    inputs = [read(model, job.source_in(model)) for model in job.inputs]
     if job.method is None:
         yield from _copied(inputs[0], job, chunk)
         return
-    base = None if job.base is None else read(job.base, job.source)
+    base = None if job.base is None else read(job.base, job.source_in(job.base))
     merged = merge_chunks(
         job.method,
         base,

@@ -20,8 +20,9 @@ from evomerge.checkpoints.names import is_buffer, parse
 from evomerge.errors import CheckpointError, UserError, nearest
 from evomerge.merging.paths import check_path, fold_scales, path_config
 from evomerge.methods import MaskKey
-from evomerge.methods.registry import get_method
-from evomerge.recipe import Merge, Recipe
+from evomerge.methods.registry import Parameter, get_method
+from evomerge.recipe import Hop, Merge, Recipe
+from evomerge.settings import depth_of
 
 JobValue = float | bool | str | tuple[float, ...]
 
@@ -37,6 +38,8 @@ class TensorJob:
         shape: its shape, equal to that of every input.
         dtype: its number format; the result is rounded to it once.
         source: the tensor's name in the inputs and the base. Differs from `name` in a layer path.
+        sources: its name in those inputs where it is neither: (input, name) in a path that takes another
+            layer of them.
         inputs: names of the models that are read, in the merge's order.
         method: merge method, or None to take the only input as it is.
         base: name of the base model, or None if the method reads none.
@@ -57,6 +60,11 @@ class TensorJob:
     values: Mapping[str, JobValue] | None = None
     masks: MaskKey | None = None
     factor: float = 1.0
+    sources: tuple[tuple[str, str], ...] = ()
+
+    def source_in(self, model: str) -> str:
+        """Return the tensor's name in one of the models."""
+        return dict(self.sources).get(model, self.source)
 
     @property
     def numel(self) -> int:
@@ -71,7 +79,8 @@ class TensorJob:
     @property
     def key(self) -> str:
         """What the candidate-independent reductions of this tensor are cached under."""
-        return "\x1f".join([self.source, self.base or "", *self.inputs])
+        names = [self.source_in(model) for model in self.inputs] if self.sources else []
+        return "\x1f".join([self.source, self.base or "", *self.inputs, *names])
 
 
 @dataclass(frozen=True)
@@ -126,7 +135,12 @@ def plan_merge(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> MergePl
     if recipe.path is None:
         name = next(iter(recipe.merges))
         donor = planner.donor(name)
-        jobs = [planner.job(name, tensor) for tensor in checkpoints[donor].tensors if not is_buffer(tensor)]
+        count = checkpoints[donor].num_layers
+        jobs = [
+            planner.job(name, tensor, depth=_depth(tensor, count))
+            for tensor in checkpoints[donor].tensors
+            if not is_buffer(tensor)
+        ]
         config = copy.deepcopy(checkpoints[donor].config)
         config["tie_word_embeddings"] = checkpoints[donor].tied
     else:
@@ -162,13 +176,26 @@ def _plan_path(
     check_path(path, donors)
     factors, warnings = fold_scales(path, donors)
     first, last = donors[0], donors[-1]
+    counts = Counter(sources)
+    seen: Counter[str] = Counter()
 
     jobs = [planner.job(sources[0], name) for name in _at(first, "pre")]
     for index, (hop, source, donor) in enumerate(zip(path, sources, donors, strict=True)):
+        _check_layers(index, hop, checkpoints)
+        depth = depth_of(seen[source], counts[source])
+        seen[source] += 1
         for name in _at(donor, hop.layer):
             tensor = parse(name)
-            factor = factors.layers[index].get(tensor.stem, 1.0)
-            jobs.append(planner.job(source, name, output=tensor.at_layer(index), factor=factor))
+            jobs.append(
+                planner.job(
+                    source,
+                    name,
+                    output=tensor.at_layer(index),
+                    factor=factors.layers[index].get(tensor.stem, 1.0),
+                    depth=depth,
+                    layers=hop.layers,
+                )
+            )
     jobs += [
         planner.job(sources[-1], name, factor=factors.final_norm if parse(name).role == "norm" else 1.0)
         for name in _at(last, "post")
@@ -180,6 +207,21 @@ def _plan_path(
     if last.tied and not tied and embedding is not None:
         jobs.append(planner.job(sources[-1], embedding, output=HEAD))
     return jobs, config, planner.donor(sources[0]), warnings
+
+
+def _check_layers(index: int, hop: Hop, checkpoints: Mapping[str, Checkpoint]) -> None:
+    for model, layer in hop.layers.items():
+        count = checkpoints[model].num_layers
+        if layer >= count:
+            raise UserError(
+                f"path.{index}.layers.{model}: '{model}' has the layers 0 to {count - 1}, not {layer}"
+            )
+
+
+def _depth(tensor: str, count: int) -> float:
+    """Return the place of a tensor of the model in gradients over depth; 0 outside the layers."""
+    position = parse(tensor).position
+    return depth_of(position, count) if isinstance(position, int) else 0.0
 
 
 def _at(checkpoint: Checkpoint, position: int | str) -> list[str]:
@@ -199,7 +241,16 @@ class _Planner:
     def donor(self, source: str) -> str:
         return donor_of(self._recipe, source)
 
-    def job(self, source: str, tensor: str, *, output: str = "", factor: float = 1.0) -> TensorJob:
+    def job(
+        self,
+        source: str,
+        tensor: str,
+        *,
+        output: str = "",
+        factor: float = 1.0,
+        depth: float = 0.0,
+        layers: Mapping[str, int] | None = None,
+    ) -> TensorJob:
         info = self._checkpoints[self.donor(source)].tensors[tensor]
         copied = TensorJob(
             name=output or tensor,
@@ -209,13 +260,18 @@ class _Planner:
             inputs=(source,),
             factor=factor,
         )
-        job = copied if source in self._recipe.models else self._merged(copied, source)
+        if source in self._recipe.models:
+            job = copied
+        else:
+            name = parse(tensor)
+            names = {model: name.at_layer(layer) for model, layer in (layers or {}).items()}
+            job = self._merged(copied, source, depth, names)
         self._check(job)
         return job
 
-    def _merged(self, job: TensorJob, source: str) -> TensorJob:
+    def _merged(self, job: TensorJob, source: str, depth: float, names: Mapping[str, str]) -> TensorJob:
         merge = self._recipe.merges[source]
-        name, resolved = merge.resolve(parse(job.source))
+        name, resolved = merge.resolve(parse(job.source), depth, output=job.name, names=names)
         method = get_method(name)
         role = method.base_in(merge.dialect)
         others = tuple(model for model in merge.inputs if model != merge.base)
@@ -227,6 +283,7 @@ class _Planner:
             dialect=merge.dialect,
             values=_values(source, merge, name, resolved, job.source),
             masks=self._masks(merge.inputs, job.source) if method.random else None,
+            sources=tuple(names.items()),
         )
 
     def _masks(self, inputs: tuple[str, ...], tensor: str) -> MaskKey:
@@ -239,19 +296,20 @@ class _Planner:
     def _check(self, job: TensorJob) -> None:
         for model in (*job.inputs, *([job.base] if job.base else [])):
             checkpoint = self._checkpoints[model]
-            info = checkpoint.tensors.get(job.source)
+            name = job.source_in(model)
+            info = checkpoint.tensors.get(name)
             if info is None:
                 raise CheckpointError(
-                    f"{checkpoint.path}: tensor '{job.source}' is missing, the other models have it"
+                    f"{checkpoint.path}: tensor '{name}' is missing, the other models have it"
                 )
             if tuple(info.shape) != job.shape:
                 raise CheckpointError(
-                    f"{checkpoint.path}: tensor '{job.source}' has shape {tuple(info.shape)}, "
+                    f"{checkpoint.path}: tensor '{name}' has shape {tuple(info.shape)}, "
                     f"the output's is {job.shape}"
                 )
             if info.dtype not in MERGEABLE:
                 raise CheckpointError(
-                    f"{checkpoint.path}: tensor '{job.source}' is {str(info.dtype).removeprefix('torch.')}; "
+                    f"{checkpoint.path}: tensor '{name}' is {str(info.dtype).removeprefix('torch.')}; "
                     "quantised checkpoints cannot be merged, give the original weights"
                 )
 
@@ -267,18 +325,28 @@ def _values(
             raise UserError(
                 f"merges.{name}: tensor '{tensor}' has no value for '{parameter.name}' of {method}"
             )
+        each = value if isinstance(value, dict) else dict.fromkeys(merge.inputs, value)
+        missing = [model for model in merge.inputs if model not in each]
+        if missing:
+            raise UserError(
+                f"merges.{name}: tensor '{tensor}' has no value for '{parameter.name}' of input '{missing[0]}'"
+            )
+        if parameter.kind == "int":
+            # A gradient between whole numbers need not meet one.
+            for model in merge.inputs:
+                _check_whole(parameter, each[model], f"merges.{name}: tensor '{tensor}': {parameter.name}")
         if parameter.scope == "shared":
-            values[parameter.name] = value
-            continue
-        each: dict[str, Any] = dict.fromkeys(merge.inputs, parameter.default_in(merge.dialect))
-        each |= value if isinstance(value, dict) else dict.fromkeys(merge.inputs, value)
-        for model, own in each.items():
-            if own is None:
-                raise UserError(
-                    f"merges.{name}: tensor '{tensor}' has no value for '{parameter.name}' of input '{model}'"
-                )
-        values[parameter.name] = tuple(each[model] for model in merge.inputs)
+            values[parameter.name] = each[merge.inputs[0]]
+        else:
+            values[parameter.name] = tuple(each[model] for model in merge.inputs)
     return values
+
+
+def _check_whole(parameter: Parameter, value: Any, place: str) -> None:
+    try:
+        parameter.check(value, place)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def _main_dtype(jobs: Sequence[TensorJob]) -> torch.dtype:

@@ -44,7 +44,11 @@ def recipient_of(spec: ParameterSpec, recipient: str) -> str:
 
 
 def tiers_by_role(
-    parameter: Parameter, specs: Sequence[ParameterSpec], experts: Sequence[str], method: str
+    parameter: Parameter,
+    specs: Sequence[ParameterSpec],
+    experts: Sequence[str],
+    method: str,
+    dialect: str,
 ) -> dict[Role, tuple[Tier, ...]]:
     """Resolve a parameter's entries: for each expert, role and tensor the first entry that speaks of it.
 
@@ -56,7 +60,7 @@ def tiers_by_role(
     """
     recipients = tuple(experts) if parameter.scope == "expert" else (SHARED,)
     chains = {(who, role): _chain(specs, who, role) for who in recipients for role in ROLES}
-    if parameter.default is None:
+    if parameter.default_in(dialect) is None:
         _check_covered(chains, specs, recipients, method)
     used = {index for chain in chains.values() for index in chain}
     for index in range(len(specs)):

@@ -10,7 +10,8 @@ from evomerge.checkpoints.names import ROLES, Position, Role
 from evomerge.config import Config
 from evomerge.errors import UserError, at
 from evomerge.methods.registry import Parameter, get_method
-from evomerge.recipe import Merge, Output, Recipe, Rule, Scalar, Source, Value
+from evomerge.recipe import Merge, Output, Recipe, Rule, Source
+from evomerge.settings import Scalar, Value
 from evomerge.space_config import Depth, ParameterSpec, Smooth
 from evomerge.spaces.chains import SHARED, Tier, recipient_of, slots, tiers_by_role
 from evomerge.spaces.depth import check_depth, control_names, over_depth, positions
@@ -159,7 +160,7 @@ class CoefficientSpace:
     def _lay_out(
         self, parameter: Parameter, specs: tuple[ParameterSpec, ...], coordinates: list[Coordinate]
     ) -> _Field:
-        tiers = tiers_by_role(parameter, specs, self._experts, self._method.name)
+        tiers = tiers_by_role(parameter, specs, self._experts, self._method.name, self._config.space.dialect)
         keys = {
             (index, recipient_of(specs[index], who), slots(specs[index])[role]): None
             for role, role_tiers in tiers.items()
@@ -219,8 +220,9 @@ class CoefficientSpace:
             column = []
             for who, index in tier.entries.items():
                 if index is None:
-                    assert field.parameter.default is not None, "a required parameter is covered"
-                    column.append((field.parameter.default,) * len(places))
+                    default = field.parameter.default_in(self._config.space.dialect)
+                    assert default is not None, "a required parameter is covered"
+                    column.append((default,) * len(places))
                 else:
                     spec = field.specs[index]
                     column.append(values[index, recipient_of(spec, who), slots(spec)[role]])

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 
 from evomerge.checkpoints.names import Position
-from evomerge.recipe import Scalar
+from evomerge.settings import Scalar
 from evomerge.space_config import Depth, Groups, Smooth
 
 

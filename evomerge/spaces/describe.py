@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from evomerge.checkpoints.names import Position
-from evomerge.recipe import Merge, Recipe, Scalar, Value
+from evomerge.recipe import Merge, Recipe
+from evomerge.settings import Filtered, Setting, Value
 
 
 def describe_recipe(recipe: Recipe) -> str:
@@ -40,9 +41,14 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def show(value: Scalar) -> str:
-    """Write a value with four significant digits."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def show(value: Setting) -> str:
+    """Write a value with four significant digits, gradients as ``0.1 .. 0.9``."""
+    if not isinstance(value, tuple):
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if not isinstance(value[0], Filtered):
+        return " .. ".join(show(entry) for entry in value if not isinstance(entry, Filtered))
+    entries = (entry for entry in value if isinstance(entry, Filtered))
+    return ", ".join(f"{entry.filter or '*'}: {show(entry.value)}" for entry in entries)
 
 
 def _cells(name: str, value: Value, merge: Merge) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from evomerge.recipe import Scalar
+from evomerge.settings import Scalar
 from evomerge.space_config import ParameterSpec
 from evomerge.spaces.genotype import Coordinate
 
