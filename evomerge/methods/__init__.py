@@ -1,23 +1,27 @@
 """Merge methods: one small file a family, over shared kernels, in one registry."""
 
-from evomerge.methods import dare, linear, slerp, task_arithmetic, ties
+from evomerge.methods import dare, fisher, linear, regmean, slerp, task_arithmetic, ties
 from evomerge.methods.cache import TensorCache
 from evomerge.methods.chunks import merge_chunks
 from evomerge.methods.describe import methods_table
 from evomerge.methods.masks import MaskKey
 from evomerge.methods.registry import MergeMethod, Parameter, all_methods, get_method
+from evomerge.methods.statistics import Statistic
 
 __all__ = [
     "MaskKey",
     "MergeMethod",
     "Parameter",
+    "Statistic",
     "TensorCache",
     "all_methods",
     "dare",
+    "fisher",
     "get_method",
     "linear",
     "merge_chunks",
     "methods_table",
+    "regmean",
     "slerp",
     "task_arithmetic",
     "ties",

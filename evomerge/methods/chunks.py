@@ -14,6 +14,7 @@ from evomerge.methods.kernels import Kernel, Values
 from evomerge.methods.masks import MaskKey
 from evomerge.methods.operands import STRIP, Operands
 from evomerge.methods.registry import MergeMethod, get_method
+from evomerge.methods.statistics import Statistic
 
 
 def merge_chunks(
@@ -28,7 +29,7 @@ def merge_chunks(
     chunk: int = 1 << 18,
     dialect: str = "paper",
     shape: Sequence[int] | None = None,
-    statistics: Sequence[Tensor] | None = None,
+    statistics: Sequence[Statistic | Tensor] | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """Merge one tensor; yield ``(start element, flat chunk)`` in order.
 
@@ -49,8 +50,8 @@ def merge_chunks(
         chunk: elements per chunk.
         dialect: the method's variant.
         shape: of the tensor, for methods that see rows or matrices; by default that of the first input.
-        statistics: one tensor per input that the method weighs the inputs with (a diagonal Fisher
-            information, a Gram matrix of a layer's inputs); None where it needs none.
+        statistics: one per input, which the method weighs the inputs with; a bare tensor (a diagonal Fisher
+            information, a Gram matrix of a layer's inputs) counts as the whole model's. None where there is none.
 
     Raises:
         ValueError: the arguments do not fit the method.

@@ -62,6 +62,7 @@ _BASE = {
 _NEEDS = {
     "fisher": "a diagonal Fisher information of every input",
     "gram": "the Gram matrices of every input's layer inputs",
+    "merged gram": "the Gram matrices of the layer inputs that the merged layers below give",
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ class Operands:
         inputs: K tensors ``(n,)``.
         size: n.
         shape: of the tensor before it was flattened.
-        statistics: one tensor per input, or none at all.
+        statistics: one per input (`evomerge.methods.statistics`), or none at all.
         dtype: of the arithmetic: float64 if any operand is, else float32.
         masks: what random masks depend on, or None.
 
@@ -44,7 +44,7 @@ class Operands:
         key: str = "",
         *,
         shape: Sequence[int] | None = None,
-        statistics: Sequence[Tensor] | None = None,
+        statistics: Sequence[Any] | None = None,
     ) -> None:
         everything = [*inputs] if base is None else [base, *inputs]
         for tensor in everything:

@@ -16,7 +16,7 @@ BaseRole = Literal["origin", "optional origin", "input", "optional input", "unus
 """``origin``: deltas are taken from the base; ``input``: the base is merged too, as the first input."""
 
 Scope = Literal["expert", "shared"]
-Needs = Literal["", "fisher", "gram"]
+Needs = Literal["", "fisher", "gram", "merged gram"]
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,8 @@ class MergeMethod:
         kernels: the arithmetic of each dialect (`evomerge.methods.kernels`); the first is the default.
         random: whether it draws masks, so that the recipe's seed matters.
         needs: statistics of the inputs that it weighs them with: ``fisher`` (a diagonal Fisher information
-            per weight), ``gram`` (the Gram matrix of each layer's inputs), or nothing.
+            per weight), ``gram`` (the Gram matrix of each linear layer's inputs), ``merged gram`` (likewise, of the
+            inputs that the merged layers below give), or nothing.
         differs: what sets the dialects apart, in a sentence or two; empty for a method with one dialect.
         bases: roles of the base that differ from `base`, by dialect.
     """

@@ -25,7 +25,7 @@ def merge(
     key: str = "",
     chunk: int = 1 << 18,
     dialect: str = "paper",
-    statistics: Sequence[torch.Tensor] | None = None,
+    statistics: Sequence[Any] | None = None,
     **values: Any,
 ) -> torch.Tensor:
     """Run `merge_chunks` and put its chunks together; parameter `lambda` is spelt ``lambda_``."""

@@ -123,11 +123,14 @@ def test_words_and_switches_are_checked() -> None:
         Parameter("x", "shared", "", kind="choice", choices=("a", "b")).check("c", "place")
 
 
-def test_negative_weights_are_allowed() -> None:
+def test_negative_weights_are_allowed_except_as_factors_of_what_is_divided_by() -> None:
     for method in all_methods().values():
         for parameter in method.parameters:
-            if parameter.name == "weight":
+            if parameter.name == "weight" and not method.needs:
                 parameter.check(-0.2, "weight")
+            elif parameter.name == "weight":
+                with pytest.raises(ValueError, match="lies outside"):
+                    parameter.check(-0.2, "weight")
 
 
 def test_the_table_is_plain_data() -> None:
