@@ -1,6 +1,18 @@
 """Merge methods: one small file a family, over shared kernels, in one registry."""
 
-from evomerge.methods import dare, fisher, linear, regmean, slerp, task_arithmetic, ties
+from evomerge.methods import (
+    dare,
+    fisher,
+    karcher,
+    linear,
+    model_stock,
+    multislerp,
+    nuslerp,
+    regmean,
+    slerp,
+    task_arithmetic,
+    ties,
+)
 from evomerge.methods.cache import TensorCache
 from evomerge.methods.chunks import merge_chunks
 from evomerge.methods.describe import methods_table
@@ -18,9 +30,13 @@ __all__ = [
     "dare",
     "fisher",
     "get_method",
+    "karcher",
     "linear",
     "merge_chunks",
     "methods_table",
+    "model_stock",
+    "multislerp",
+    "nuslerp",
     "regmean",
     "slerp",
     "task_arithmetic",

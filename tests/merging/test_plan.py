@@ -325,3 +325,21 @@ def test_a_base_that_is_an_input_is_merged_once_and_first(family, inputs):
         make_recipe(family, merge={"method": "slerp", "inputs": ["a", "b"], "parameters": {"t": 0.3}})
     )
     assert all(torch.equal(tensor, expected[name]) for name, tensor in merged.items())
+
+
+def test_an_optional_base_decides_between_weights_and_task_vectors(family):
+    merge = {"method": "nuslerp", "inputs": ["a", "b"], "parameters": {"weight": {"a": 1.0, "b": 3.0}}}
+    base, a, b = (read(family[name]) for name in ("base", "a", "b"))
+    name = LAYER.format(1, "mlp.up_proj")
+    weights = run(make_recipe(family, merge=merge))[name]
+    deltas = run(make_recipe(family, merge={**merge, "base": "base"}))[name]
+    torch.testing.assert_close(weights, slerp(a[name], b[name], 0.75), rtol=1e-5, atol=1e-7)
+    expected = base[name] + slerp(a[name] - base[name], b[name] - base[name], 0.75)
+    torch.testing.assert_close(deltas, expected, rtol=1e-5, atol=1e-7)
+    assert not torch.equal(weights, deltas)
+
+
+def slerp(x, y, t):
+    x, y = x.double(), y.double()
+    angle = torch.acos((x * y).sum() / x.norm() / y.norm())
+    return (((1 - t) * angle).sin() * x + (t * angle).sin() * y).div(angle.sin()).float()

@@ -84,6 +84,62 @@ def slerp(x: torch.Tensor, y: torch.Tensor, t: float) -> np.ndarray:
     return np.sin((1 - t) * angle) / np.sin(angle) * a + np.sin(t * angle) / np.sin(angle) * b
 
 
+def along(tensors: Sequence[np.ndarray], axis: str, formula: Any) -> np.ndarray:
+    """Apply a formula of flat vectors to whole tensors (``none``), to their rows (``out``) or columns (``in``)."""
+    shape = tensors[0].shape
+    if axis == "none" or len(shape) < 2:
+        return formula([x.reshape(-1) for x in tensors]).reshape(shape)
+    dim = len(shape) - 1 if axis == "out" else 0
+    moved = [np.moveaxis(x, dim, -1) for x in tensors]
+    merged = np.empty(moved[0].shape)
+    for index in np.ndindex(merged.shape[:-1]):
+        merged[index] = formula([x[index] for x in moved])
+    return np.moveaxis(merged, -1, dim)
+
+
+def multislerp(vectors: Sequence[np.ndarray], weights: Sequence[float], normalize: bool) -> np.ndarray:
+    """Normalised lerp of flat vectors, elementwise."""
+    w = np.array(weights) / (np.sum(weights) if normalize else 1)
+    norms = [np.linalg.norm(x) for x in vectors]
+    direction = sum(a * x / norm for a, x, norm in zip(w, vectors, norms, strict=True))
+    return (w @ norms) * direction / np.linalg.norm(direction)
+
+
+def karcher(vectors: Sequence[np.ndarray], weights: Sequence[float], steps: int) -> np.ndarray:
+    """The Riemannian mean by its vector iteration, with logarithm and exponential as in a textbook."""
+    a = np.array(weights) / np.sum(weights)
+    units = [x / np.linalg.norm(x) for x in vectors]
+    mean = sum(w * u for w, u in zip(a, units, strict=True))
+    mean /= np.linalg.norm(mean)
+    for _ in range(steps):
+        tangent = np.zeros_like(mean)
+        for w, u in zip(a, units, strict=True):
+            rest = u - (u @ mean) * mean
+            size = np.linalg.norm(rest)
+            if size > 0:
+                tangent += w * np.arctan2(size, u @ mean) * rest / size
+        size = np.linalg.norm(tangent)
+        if size < 1e-14:
+            break
+        mean = np.cos(size) * mean + np.sin(size) * tangent / size
+    return sum(w * np.linalg.norm(x) for w, x in zip(a, vectors, strict=True)) * mean
+
+
+def model_stock(base: np.ndarray, experts: Sequence[np.ndarray], clamp: bool = True) -> np.ndarray:
+    """t · mean + (1 − t) · base on flat vectors."""
+    deltas = [x - base for x in experts]
+    count = len(deltas)
+    cosines = [
+        deltas[i] @ deltas[j] / np.linalg.norm(deltas[i]) / np.linalg.norm(deltas[j])
+        for i in range(count)
+        for j in range(i)
+    ]
+    cosine = np.mean(cosines)
+    t = count * cosine / (1 + (count - 1) * cosine)
+    t = np.clip(t, 0, 1) if clamp else t
+    return t * np.mean(experts, axis=0) + (1 - t) * base
+
+
 def trim(delta: np.ndarray, density: float) -> np.ndarray:
     rank = max(1, int(np.floor(density * delta.size + 1e-9)))
     threshold = np.sort(np.abs(delta))[::-1][rank - 1]

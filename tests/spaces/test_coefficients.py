@@ -13,7 +13,7 @@ from evomerge.errors import UserError
 from evomerge.methods import get_method
 from evomerge.recipe import Recipe
 from evomerge.schema import parse_yaml
-from evomerge.spaces import space_for
+from evomerge.spaces import CoefficientSpace, space_for
 from tests.spaces.conftest import make_config, make_sources, make_space
 
 LAYERS = 4
@@ -331,3 +331,13 @@ def test_a_refusal_names_the_config_file():
     config = make_config({"weight": {"range": [0, 1], "depth": {"smooth": 9}}})
     with pytest.raises(UserError, match=r"^my\.yaml: space\.parameters\.weight: \{smooth: 9\} is more than"):
         space_for(config, 4, make_sources(config), file="my.yaml")
+
+
+def test_a_base_that_is_optional_can_be_left_out() -> None:
+    parameters = {"weight": {"range": [0, 1]}}
+    space = make_space(parameters, method="multislerp")
+    assert space.decode(space.initial).main.base == "base"
+    config = make_config(parameters, method="multislerp")
+    config = config.model_copy(update={"space": config.space.model_copy(update={"base": False})})
+    space = CoefficientSpace(config, num_layers=4, sources=make_sources(config))
+    assert space.decode(space.initial).main.base is None
