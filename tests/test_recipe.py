@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from evomerge.checkpoints.names import parse
 from evomerge.errors import UserError
+from evomerge.methods import get_method
 from evomerge.recipe import Hop, Merge, Recipe, Rule, Source, load_recipe
 from evomerge.schema import parse_yaml
 
@@ -268,7 +269,7 @@ class TestResolve:
     def test_the_first_rule_that_sets_a_parameter_wins(
         self, tensor: str, method: str, values: dict[str, float]
     ) -> None:
-        assert self.MERGE.resolve(parse(tensor)) == (method, values)
+        assert self.MERGE.resolve(parse(tensor)) == (method, get_method(method).defaults() | values)
 
     def test_pre_and_post_are_places_too(self) -> None:
         pre, post = Rule(layers=("pre",)), Rule(layers=("post", 3))

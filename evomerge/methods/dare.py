@@ -6,48 +6,86 @@ Yu et al. 2024, Language models are super Mario: absorbing abilities from homolo
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import numpy as np
 from torch import Tensor
 
 from evomerge.methods.kernels import DeltaCombination, Sparse, Values
-from evomerge.methods.masks import hash_v1, keep_mask
+from evomerge.methods.masks import UInt32, hash_v1, keep_mask
+from evomerge.methods.norms import RESCALE, rescaled
 from evomerge.methods.operands import STRIP, Operands
 from evomerge.methods.registry import MergeMethod, Parameter, register
-from evomerge.methods.task_arithmetic import LAMBDA, coefficients
+from evomerge.methods.task_arithmetic import LAMBDA, NORMALIZE, coefficients
 from evomerge.methods.task_arithmetic import WEIGHT as SUM_WEIGHT
+from evomerge.methods.ties import (
+    DIFFERS,
+    ELECT,
+    MERGE,
+    NORMALIZE_AGREEING,
+    DisjointMerge,
+    mergekit_rule,
+)
 from evomerge.methods.ties import WEIGHT as MEAN_WEIGHT
-from evomerge.methods.ties import DisjointMean
 
 DENSITY = Parameter(
-    "density", "expert", "Probability that an entry of the delta is kept (1 - p in the paper).", 0.5, 0.0, 1.0
+    "density",
+    "expert",
+    "Probability that an entry of the delta is kept (1 - p in the paper).",
+    0.5,
+    0.0,
+    1.0,
+    defaults={"mergekit": 1.0},
+)
+SCALING = (
+    "paper divides kept entries by the density; mergekit, with rescale, scales them so that the tensor's sum of "
+    "magnitudes is what it was."
 )
 
 
-def drop(operands: Operands, values: Values) -> Sparse:
-    """τ̂_k = m_k ∘ τ_k / density_k, where m_k keeps each entry with probability density_k.
+def hashes(operands: Operands) -> Callable[[int, int, int], UInt32]:
+    """Return a function ``(k, start, n) → hashes`` of the elements ``start … start + n`` of input k.
 
-    Entry i of expert k is kept where `masks.hash_v1` of (seed, expert, tensor, i) lies under the density:
-    masks are independent between experts and nested in density. Density 0 drops everything.
+    What it returns is valid until its next call.
+
+    Raises:
+        ValueError: the operands have no mask key, or not one that names every input.
     """
-    key, densities = operands.masks, values["density"]
+    key = operands.masks
     if key is None:
         raise ValueError("a method with random masks needs a mask key")
     if len(key.experts) != len(operands.inputs):
         raise ValueError(
             f"the mask key names {len(key.experts)} experts, here are {len(operands.inputs)} inputs"
         )
-    hashes = np.empty(STRIP, dtype=np.uint32)
+    buffer = np.empty(STRIP, dtype=np.uint32)
+    return lambda k, start, n: hash_v1(key.seed, key.experts[k], key.tensor, start, buffer[:n])
+
+
+def mask(operands: Operands, values: Values) -> Sparse:
+    """τ̂_k = m_k ∘ τ_k, where m_k keeps each entry with probability density_k.
+
+    Entry i of expert k is kept where `masks.hash_v1` of (seed, expert, tensor, i) lies under the density:
+    masks are independent between experts and nested in density. Density 0 drops everything.
+    """
+    densities, hashed = values["density"], hashes(operands)
     kept = np.empty(STRIP, dtype=np.bool_)
 
     def keep(k: int, delta: Tensor, start: int) -> None:
         if densities[k] >= 1:
             return
         n = delta.numel()
-        hash_v1(key.seed, key.experts[k], key.tensor, start, hashes[:n])
         values = delta.numpy()
-        np.multiply(values, keep_mask(hashes[:n], densities[k], kept[:n]), out=values)
+        np.multiply(values, keep_mask(hashed(k, start, n), densities[k], kept[:n]), out=values)
 
-    return Sparse(tuple(1 / d if d > 0 else 0.0 for d in densities), keep)
+    return Sparse(tuple(1.0 if d > 0 else 0.0 for d in densities), keep)
+
+
+def drop(operands: Operands, values: Values) -> Sparse:
+    """τ̂_k = m_k ∘ τ_k / density_k, whose expectation is τ_k."""
+    scales = tuple(1 / d if d > 0 else 0.0 for d in values["density"])
+    return Sparse(scales, mask(operands, values).keep)
 
 
 register(
@@ -57,20 +95,36 @@ register(
         paper="Yu et al. 2024, Language models are super Mario (DARE), arXiv 2311.03099",
         inputs=(1, None),
         base="origin",
-        parameters=(SUM_WEIGHT, DENSITY, LAMBDA),
-        kernels={"paper": DeltaCombination(coefficients, drop)},
+        parameters=(SUM_WEIGHT, DENSITY, NORMALIZE, RESCALE, LAMBDA),
+        kernels={
+            "paper": DeltaCombination(coefficients, drop),
+            "mergekit": DeltaCombination(coefficients, rescaled(mask)),
+        },
         random=True,
+        differs=SCALING,
     )
 )
 register(
     MergeMethod(
         name="dare_ties",
-        summary="TIES election and mean on task vectors whose entries are dropped at random and rescaled.",
+        summary="TIES election and merge on task vectors whose entries are dropped at random and rescaled.",
         paper="Yu et al. 2024, Language models are super Mario (DARE), arXiv 2311.03099",
         inputs=(1, None),
         base="origin",
-        parameters=(MEAN_WEIGHT, DENSITY, LAMBDA),
-        kernels={"paper": DisjointMean(drop)},
+        parameters=(
+            MEAN_WEIGHT,
+            DENSITY,
+            ELECT,
+            MERGE,
+            replace(NORMALIZE_AGREEING, default=False),
+            RESCALE,
+            LAMBDA,
+        ),
+        kernels={
+            "paper": DisjointMerge(drop),
+            "mergekit": DisjointMerge(rescaled(mask), mergekit_rule),
+        },
         random=True,
+        differs=f"{SCALING} After that, {DIFFERS}",
     )
 )

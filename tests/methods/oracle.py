@@ -146,13 +146,30 @@ def trim(delta: np.ndarray, density: float) -> np.ndarray:
     return np.where(np.abs(delta) >= threshold, delta, 0.0)
 
 
-def disjoint_mean(deltas: Sequence[np.ndarray], weights: Sequence[float]) -> np.ndarray:
-    """Elect and merge as the TIES authors' code does, on weighted task vectors."""
+def disjoint_merge(
+    deltas: Sequence[np.ndarray],
+    weights: Sequence[float],
+    elect: str = "sum",
+    merge: str = "mean",
+    tie: str = "majority",
+) -> np.ndarray:
+    """Elect and merge as the TIES authors' code does, on weighted task vectors, or as mergekit does."""
     q = np.stack([w * delta for w, delta in zip(weights, deltas, strict=True)])
-    elected = np.sign(q.sum(axis=0))
-    elected[elected == 0] = np.sign(elected.sum())
+    scores = {
+        "sum": lambda: q.sum(axis=0),
+        "count": lambda: np.sign(q).sum(axis=0),
+        "max": lambda: np.take_along_axis(q, np.abs(q).argmax(axis=0)[None], axis=0)[0],
+    }
+    elected = np.sign(scores[elect]())
+    elected[elected == 0] = 1 if tie == "positive" else np.sign(elected.sum())
     selected = (np.sign(q) == elected) & (q != 0)
-    return (q * selected).sum(axis=0) / np.maximum(selected.sum(axis=0), 1)
+    total = (q * selected).sum(axis=0)
+    if merge == "mean":
+        return total / np.maximum(selected.sum(axis=0), 1)
+    if merge == "weighted":
+        divisor = (np.asarray(weights)[:, None] * selected).sum(axis=0)
+        return total / np.where(divisor == 0, 1, divisor)
+    return total if merge == "sum" else elected * np.abs(q * selected).max(axis=0)
 
 
 def hash_v1(seed: int, expert: str, tensor: str, index: int) -> int:

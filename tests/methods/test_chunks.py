@@ -92,13 +92,13 @@ def formulas(
         "task_arithmetic": lambda: origin + values["lambda_"] * total(deltas),
         "ties": lambda: (
             origin
-            + oracle.disjoint_mean(
+            + oracle.disjoint_merge(
                 [oracle.trim(d, density) for d, density in zip(deltas, values["density"], strict=True)],
                 weights,
             )
         ),
         "dare_linear": lambda: origin + total(dropped()),
-        "dare_ties": lambda: origin + oracle.disjoint_mean(dropped(), weights),
+        "dare_ties": lambda: origin + oracle.disjoint_merge(dropped(), weights),
     }
 
 

@@ -39,8 +39,29 @@ def test_dare_ties_given_the_mask_elects_without_a_trim(weights: tuple[float, ..
     base, experts = oracle.checkpoints(5000, dtype=torch.float64)
     densities = (0.3, 0.5, 0.9)
     merged = merge("dare_ties", base, experts, weight=weights, density=densities, lambda_=0.8, masks=KEY)
-    expected = base.numpy() + 0.8 * oracle.disjoint_mean(dropped(base, experts, densities), weights)
+    expected = base.numpy() + 0.8 * oracle.disjoint_merge(dropped(base, experts, densities), weights)
     np.testing.assert_allclose(merged.numpy(), expected, rtol=1e-11, atol=1e-15)
+
+
+@pytest.mark.parametrize("rescale", [True, False])
+def test_the_mergekit_dialect_restores_the_sum_of_magnitudes(rescale: bool) -> None:
+    base, experts = oracle.checkpoints(5000, dtype=torch.float64)
+    weights, densities = (0.6, -0.2, 0.4), (0.3, 1.0, 0.7)
+    values = {"weight": weights, "density": densities, "rescale": rescale}
+    merged = merge("dare_linear", base, experts, masks=KEY, dialect="mergekit", **values)
+    origin, *others = oracle.doubles(base, *experts)
+    expected = origin.copy()
+    for k, (x, weight, density) in enumerate(zip(others, weights, densities, strict=True)):
+        kept = oracle.kept(KEY, k, origin.size, density) * (x - origin)
+        expected += weight * kept * (np.abs(x - origin).sum() / np.abs(kept).sum() if rescale else 1)
+    np.testing.assert_allclose(merged.numpy(), expected, rtol=1e-11, atol=1e-15)
+
+
+def test_a_mask_that_keeps_nothing_gives_the_base_in_every_dialect() -> None:
+    base, (expert,) = torch.zeros(1), [torch.ones(1)]
+    for dialect in ("paper", "mergekit"):
+        merged = merge("dare_linear", base, [expert], weight=1.0, density=1e-9, masks=ALONE, dialect=dialect)
+        assert merged.tolist() == [0]
 
 
 def test_moments_are_those_of_the_paper() -> None:
@@ -58,9 +79,10 @@ def test_moments_are_those_of_the_paper() -> None:
 
 
 @pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
-def test_density_zero_drops_everything(method: str) -> None:
+@pytest.mark.parametrize("dialect", ["paper", "mergekit"])
+def test_density_zero_drops_everything(method: str, dialect: str) -> None:
     base, experts = oracle.checkpoints(1000)
-    merged = merge(method, base, experts, weight=0.4, density=0.0, masks=KEY)
+    merged = merge(method, base, experts, weight=0.4, density=0.0, masks=KEY, dialect=dialect)
     assert torch.equal(merged.bfloat16(), base)
 
 

@@ -23,6 +23,33 @@ def test_golden_value_with_the_authors_rule_for_equal_masses() -> None:
     assert merged.tolist() == pytest.approx([-1, -2, -4, -0.3], abs=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("merge_", "expected"),
+    [("mean", [-1, -2, -4, -0.3]), ("sum", [-1, -2, -4, -0.6]), ("max", [-1, -2, -4, -0.5])],
+)
+def test_golden_values_of_the_disjoint_merges(merge_: str, expected: list[float]) -> None:
+    merged = oracle.merge("ties", ZERO, EXPERTS, density=1.0, merge_=merge_)
+    assert merged.tolist() == pytest.approx(expected, abs=1e-12)
+
+
+def test_golden_value_of_the_election_by_largest_magnitude() -> None:
+    merged = merge("ties", ZERO, EXPERTS, density=1.0, elect="max")
+    assert merged.tolist() == pytest.approx([1, -2, -4, 0.5], abs=1e-12)
+
+
+def test_golden_values_of_the_mergekit_dialect() -> None:
+    merged = merge("ties", ZERO, EXPERTS, weight=1.0, dialect="mergekit")
+    assert merged.tolist() == pytest.approx([1, 2, 2, -0.3], abs=1e-12)
+    merged = merge("ties", ZERO, EXPERTS, weight=(1.0, 2.0, 1.0), dialect="mergekit")
+    assert merged.tolist() == pytest.approx([-1, 2, 5 / 3, -0.55 / 1.5], abs=1e-12)
+
+
+def test_an_election_by_count_goes_by_the_number_of_signs() -> None:
+    experts = [torch.tensor(v) for v in ([9.0, -1.0, 2.0], [-1.0, -1.0, -3.0], [-1.0, 5.0, -1.0])]
+    assert merge("ties", torch.zeros(3), experts, density=1.0, elect="count").tolist() == [-1, -1, -2]
+    assert merge("ties", torch.zeros(3), experts, density=1.0).tolist() == [9, 5, -2]
+
+
 def test_the_mirror_image_has_a_positive_majority() -> None:
     merged = merge("ties", ZERO, [-x for x in EXPERTS], density=1.0)
     assert merged.tolist() == pytest.approx([1, 2, 4, 0.3], abs=1e-12)
@@ -109,8 +136,72 @@ def test_agrees_with_the_formula_in_the_presence_of_ties(
     experts = [torch.from_numpy(array) for array in arrays]
     weights = [1.0, -1.0, 2.0, 0.5, 0.25][: len(arrays)]
     merged = merge("ties", torch.zeros(6), experts, density=density, weight=tuple(weights), lambda_=scale)
-    expected = scale * oracle.disjoint_mean([oracle.trim(array, density) for array in arrays], weights)
+    expected = scale * oracle.disjoint_merge([oracle.trim(array, density) for array in arrays], weights)
     np.testing.assert_allclose(merged.numpy(), expected, rtol=1e-12, atol=1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    deltas=st.lists(st.lists(st.integers(-4, 4), min_size=6, max_size=6), min_size=1, max_size=5),
+    elect=st.sampled_from(["sum", "count", "max"]),
+    merge_=st.sampled_from(["mean", "sum", "max"]),
+)
+def test_every_election_and_merge_agrees_with_the_formula(
+    deltas: list[list[int]], elect: str, merge_: str
+) -> None:
+    arrays = [np.array(delta, dtype=float) for delta in deltas]
+    weights = [1.0, -1.0, 2.0, 0.5, 0.25][: len(arrays)]
+    experts = [torch.from_numpy(array) for array in arrays]
+    merged = merge(
+        "ties", torch.zeros(6), experts, density=1.0, weight=tuple(weights), elect=elect, merge_=merge_
+    )
+    expected = oracle.disjoint_merge(arrays, weights, elect, merge_)
+    np.testing.assert_allclose(merged.numpy(), expected, rtol=1e-12, atol=1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    deltas=st.lists(st.lists(st.integers(-4, 4), min_size=6, max_size=6), min_size=1, max_size=5),
+    density=st.floats(0.01, 1),
+    normalize=st.booleans(),
+)
+def test_the_mergekit_dialect_agrees_with_the_formula(
+    deltas: list[list[int]], density: float, normalize: bool
+) -> None:
+    arrays = [np.array(delta, dtype=float) for delta in deltas]
+    weights = [1.0, -1.0, 2.0, 0.5, 0.25][: len(arrays)]
+    experts = [torch.from_numpy(array) for array in arrays]
+    merged = merge(
+        "ties",
+        torch.zeros(6),
+        experts,
+        density=density,
+        weight=tuple(weights),
+        normalize=normalize,
+        dialect="mergekit",
+    )
+    expected = oracle.disjoint_merge(
+        [oracle.trim(a, density) for a in arrays],
+        weights,
+        "sum",
+        "weighted" if normalize else "sum",
+        "positive",
+    )
+    np.testing.assert_allclose(merged.numpy(), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_density_zero_keeps_nothing_in_the_mergekit_dialect() -> None:
+    base, experts = oracle.checkpoints(100)
+    merged = merge("ties", base, experts, weight=1.0, density=0.0, dialect="mergekit")
+    assert torch.equal(merged.bfloat16(), base)
+
+
+def test_rescale_restores_the_sum_of_magnitudes() -> None:
+    base, (expert,) = oracle.checkpoints(3000, experts=1, dtype=torch.float64)
+    merged = merge("ties", base, [expert], weight=1.0, density=0.3, rescale=True, dialect="mergekit")
+    assert (merged - base).abs().sum().item() == pytest.approx((expert - base).abs().sum().item(), rel=1e-12)
+    kept = (merged - base).count_nonzero().item()
+    assert kept == 900
 
 
 @pytest.mark.parametrize("density", [0.05, 0.2, 0.77, 1.0])
@@ -121,7 +212,7 @@ def test_agrees_with_the_formula_on_checkpoints(density: float, weights: tuple[f
     trimmed = [oracle.trim(x - origin, density) for x in others]
     merged = merge("ties", base, experts, density=density, weight=weights, lambda_=0.9)
     np.testing.assert_allclose(
-        merged.numpy(), origin + 0.9 * oracle.disjoint_mean(trimmed, weights), rtol=1e-11, atol=1e-15
+        merged.numpy(), origin + 0.9 * oracle.disjoint_merge(trimmed, weights), rtol=1e-11, atol=1e-15
     )
 
 
@@ -149,4 +240,8 @@ def test_unchanged_parameters_neither_vote_nor_count() -> None:
 
 def test_a_non_finite_expert_does_not_pass_unnoticed() -> None:
     experts = [torch.tensor([1.0, math.nan, 2.0]), torch.tensor([1.0, 1.0, 1.0])]
-    assert merge("ties", torch.zeros(3), experts, density=1.0)[1].isnan()
+    for elect in ("sum", "count", "max"):
+        for how in ("mean", "sum", "max"):
+            for order in (experts, experts[::-1]):
+                values = {"elect": elect, "merge_": how}
+                assert merge("ties", torch.zeros(3), order, density=1.0, **values)[1].isnan()

@@ -1,0 +1,79 @@
+"""Sums over a whole tensor in float64, in an order that nothing but the tensor's size decides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from evomerge.methods.kernels import Sparse, Sparsify, Values
+from evomerge.methods.operands import STRIP, Operands
+from evomerge.methods.registry import Parameter
+
+LANES = 1 << 15
+
+RESCALE = Parameter(
+    "rescale",
+    "shared",
+    "Scale each sparse task vector so that the sum of its magnitudes is that of the whole one, per tensor.",
+    True,
+    kind="bool",
+    dialects=("mergekit",),
+)
+
+
+def total(chunks: Iterable[Tensor]) -> float:
+    """Return the sum of a tensor's elements, which come in chunks.
+
+    Element i belongs to lane i mod 2¹⁵; each lane adds in order of i, and the lanes are then added pairwise
+    in a binary tree.
+
+    Args:
+        chunks: flat; the length of each but the last is a multiple of 2¹⁵.
+    """
+    sums = torch.zeros(LANES, dtype=torch.float64)
+    wide = torch.empty(LANES, dtype=torch.float64)
+    for chunk in chunks:
+        for part in torch.split(chunk, LANES):
+            sums[: part.numel()].add_(wide[: part.numel()].copy_(part))
+    while sums.numel() > 1:
+        sums = sums[: sums.numel() // 2] + sums[sums.numel() // 2 :]
+    return sums.item()
+
+
+def l1_norm(operands: Operands, k: int, keep: Callable[[int, Tensor, int], None] | None = None) -> float:
+    """Return Σ |θ_k − θ_0|, or the sum over what `keep` (`kernels.Sparse`) leaves of it."""
+
+    def magnitudes() -> Iterable[Tensor]:
+        for chunk in operands.fork().chunks(STRIP):
+            delta = chunk.delta(k)
+            if keep is not None:
+                keep(k, delta, chunk.start)
+            yield delta.abs_()
+
+    if keep is not None:
+        return total(magnitudes())
+    return operands.cached(f"l1 norm of {k}", lambda: total(magnitudes()))
+
+
+def rescaled(sparsify: Sparsify) -> Sparsify:
+    """Wrap a sparsification: with `rescale`, τ̂_k · Σ|τ_k| / Σ|τ̂_k| in place of τ̂_k.
+
+    Task vectors that are kept whole (density 1) or of which nothing is left stay as they are.
+    """
+
+    def with_norms_restored(operands: Operands, values: Values) -> Sparse:
+        sparse = sparsify(operands, values)
+        if not values["rescale"]:
+            return sparse
+        scales = list(sparse.scales)
+        for k, density in enumerate(values["density"]):
+            if scales[k] == 0 or density >= 1:
+                continue
+            left = l1_norm(operands, k, sparse.keep)
+            if left > 0:
+                scales[k] *= l1_norm(operands, k) / left
+        return Sparse(tuple(scales), sparse.keep)
+
+    return with_norms_restored
