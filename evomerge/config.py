@@ -27,11 +27,15 @@ SMALLEST_CMA_POPULATION = 4
 
 
 class ModelRef(Frozen):
-    """A checkpoint: a folder or hub id, optionally at a revision or with a LoRA adapter."""
+    """A checkpoint: a folder or hub id, optionally at a revision or with a LoRA adapter.
+
+    An expert may also be an adapter alone (`path`); it then lies on the base.
+    """
 
     path: Annotated[str, Field(min_length=1)]
     revision: str | None = None
     adapter: Annotated[str, Field(min_length=1)] | None = None
+    adapter_revision: str | None = None
     trust_remote_code: bool = False
 
     @model_validator(mode="before")

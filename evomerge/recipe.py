@@ -24,13 +24,16 @@ DTYPES = ("float32", "bfloat16", "float16")
 class Source(Frozen):
     """Where a parent comes from, and what it contained when the recipe was made.
 
+    `source` is a folder or hub id, of a model, or of a LoRA adapter; an adapter lies on the base of the merge
+    that it is an input of, else on the model that it was trained on. `adapter` puts one on the model `source`.
     `sha256` is the content hash of the checkpoint (`Checkpoint.sha256`): tensors and architecture, whatever
-    the folder is called and however it is sharded.
+    the folder is called and however it is sharded; with an adapter, of the two together.
     """
 
     source: str = Field(min_length=1)
     revision: str | None = None
     adapter: str | None = None
+    adapter_revision: str | None = None
     sha256: str | None = None
 
     @model_validator(mode="before")
@@ -301,8 +304,9 @@ class Recipe(Frozen):
 
     @property
     def uses_hub(self) -> bool:
-        """Whether a model is no folder here, so that the network may be needed."""
-        return any(not Path(source.source).expanduser().exists() for source in self.models.values())
+        """Whether a model or an adapter is no folder here, so that the network may be needed."""
+        places = [place for source in self.models.values() for place in (source.source, source.adapter)]
+        return any(place is not None and not Path(place).expanduser().exists() for place in places)
 
     @property
     def main(self) -> Merge:
@@ -316,7 +320,7 @@ class Recipe(Frozen):
         for name, source in self.models.items():
             if source.sha256 is None:
                 raise ValueError(f"models.{name}: the content hash is not known yet; pin the recipe first")
-            digests[name] = source.sha256 + (f"+{source.adapter}" if source.adapter else "")
+            digests[name] = source.sha256
         if self.path is None:
             used = set(self.merges)
         else:

@@ -2,7 +2,7 @@
 
 from evomerge.checkpoints.compatibility import check_compatible
 from evomerge.checkpoints.header import TensorInfo
-from evomerge.checkpoints.locate import locate
+from evomerge.checkpoints.locate import find, is_adapter, locate
 from evomerge.checkpoints.names import ROLES, Position, Role, TensorName, is_buffer, is_transposed, parse
 from evomerge.checkpoints.reader import Checkpoint, open_checkpoint
 from evomerge.checkpoints.tokenizer import (
@@ -27,6 +27,8 @@ __all__ = [
     "TensorName",
     "check_compatible",
     "check_tokenizers",
+    "find",
+    "is_adapter",
     "is_buffer",
     "is_transposed",
     "load_tokenizer",

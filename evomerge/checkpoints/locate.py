@@ -12,10 +12,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
-ADAPTERS_UNSUPPORTED = (
-    "LoRA adapters are not supported by this version; merge the adapter into its base first "
-    "(peft: model.merge_and_unload().save_pretrained(folder))"
-)
+ADAPTER_FILE = "adapter_model.safetensors"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _DOWNLOADED = (
@@ -47,6 +44,15 @@ def locate(source: str, revision: str | None = None) -> Path:
     Raises:
         CheckpointError: no such folder or repository, no network, or the weights are in another format.
     """
+    folder = find(source, revision)
+    if is_adapter(folder):
+        raise CheckpointError(f"{source}: is a LoRA adapter, not a model")
+    check_weights(folder, source)
+    return folder
+
+
+def find(source: str, revision: str | None = None) -> Path:
+    """Return the folder of a model or an adapter, like `locate`, whatever it holds."""
     path = Path(source).expanduser()
     if path.exists():
         if revision is not None:
@@ -60,8 +66,22 @@ def locate(source: str, revision: str | None = None) -> Path:
         )
     else:
         folder = _download(source, revision)
-    _check_weights(folder, source)
+    if not folder.is_dir():
+        raise CheckpointError(f"{source}: is a file; name the folder that holds config.json and the weights")
     return folder
+
+
+def find_adapter(source: str, revision: str | None = None) -> Path:
+    """Return the folder of a LoRA adapter, like `find`."""
+    folder = find(source, revision)
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise CheckpointError(f"{source}: is not a LoRA adapter: there is no {ADAPTER_CONFIG}")
+    return folder
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter and no model."""
+    return (folder / ADAPTER_CONFIG).is_file() and not (folder / CONFIG_FILE).is_file()
 
 
 def _download(source: str, revision: str | None) -> Path:
@@ -93,12 +113,8 @@ def _download(source: str, revision: str | None) -> Path:
     raise CheckpointError(f"{source}: {reason}")
 
 
-def _check_weights(folder: Path, source: str) -> None:
+def check_weights(folder: Path, source: str) -> None:
     """Refuse what is not a folder of safetensors weights, with the way out of it."""
-    if not folder.is_dir():
-        raise CheckpointError(f"{source}: is a file; name the folder that holds config.json and the weights")
-    if (folder / ADAPTER_CONFIG).is_file() and not (folder / CONFIG_FILE).is_file():
-        raise CheckpointError(f"{source}: {ADAPTERS_UNSUPPORTED}")
     if (folder / SINGLE_FILE).exists() or (folder / INDEX_FILE).exists():
         return
     pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))

@@ -8,17 +8,29 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from evomerge.checkpoints.completeness import check_complete, input_embedding, layer_count, output_head
 from evomerge.checkpoints.content import cached_content_hash
 from evomerge.checkpoints.header import DTYPE_NAMES, MERGEABLE, TensorInfo, read_header
-from evomerge.checkpoints.locate import ADAPTERS_UNSUPPORTED, CONFIG_FILE, INDEX_FILE, SINGLE_FILE, locate
+from evomerge.checkpoints.locate import (
+    ADAPTER_CONFIG,
+    CONFIG_FILE,
+    INDEX_FILE,
+    SINGLE_FILE,
+    check_weights,
+    find,
+    find_adapter,
+    is_adapter,
+)
 from evomerge.checkpoints.names import is_buffer
 from evomerge.checkpoints.open_files import OpenFiles
 from evomerge.errors import CheckpointError, at
+
+if TYPE_CHECKING:
+    from evomerge.checkpoints.adapters import Adapter
 
 # Decoders that tie their embeddings where config.json does not say (transformers' defaults).
 _TIED_BY_DEFAULT = {
@@ -65,6 +77,14 @@ class Checkpoint:
         """Bytes of all tensors together."""
         return sum(info.nbytes for info in self.tensors.values())
 
+    def mapped(self, name: str) -> bool:
+        """Whether a tensor lies in a file as it is, so that `tensor` costs nothing before it is read."""
+        return name in self.tensors
+
+    def read_dtype(self, name: str) -> torch.dtype:
+        """The dtype in which `read_into` and `tensor` deliver: the stored one, wider for computed tensors."""
+        return self.tensors[name].dtype
+
     def tensor(self, name: str) -> torch.Tensor:
         """Return a tensor in its own shape and dtype, as a read-only view of the mapped file.
 
@@ -79,19 +99,21 @@ class Checkpoint:
         Args:
             name: of the tensor.
             start: flat index of the first element.
-            out: one-dimensional, contiguous, on the CPU, of the tensor's dtype.
+            out: one-dimensional, contiguous, on the CPU, of the dtype that `read_dtype` tells.
         """
+        self._check_reading(name, start, out)
         info = self.tensors[name]
-        if out.dtype != info.dtype or out.dim() != 1 or not out.is_contiguous():
-            raise ValueError(
-                f"'{name}' is {info.dtype}; the buffer must be flat, contiguous and of that dtype"
-            )
-        if start < 0 or start + out.numel() > info.numel:
-            raise ValueError(f"'{name}' has {info.numel} elements, not {start} to {start + out.numel()}")
         if out.numel():
             buffer = out.view(torch.uint8).numpy().data
             self._files.read_into(info.file, info.offset + start * info.dtype.itemsize, buffer)
         return out
+
+    def _check_reading(self, name: str, start: int, out: torch.Tensor) -> None:
+        dtype, numel = self.read_dtype(name), self.tensors[name].numel
+        if out.dtype != dtype or out.dim() != 1 or not out.is_contiguous():
+            raise ValueError(f"'{name}' is {dtype}; the buffer must be flat, contiguous and of that dtype")
+        if start < 0 or start + out.numel() > numel:
+            raise ValueError(f"'{name}' has {numel} elements, not {start} to {start + out.numel()}")
 
     @cached_property
     def sha256(self) -> str:
@@ -111,23 +133,73 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    source: str | Path, *, revision: str | None = None, adapter: str | None = None, name: str = ""
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    adapter: str | None = None,
+    adapter_revision: str | None = None,
+    name: str = "",
+    base: Checkpoint | None = None,
 ) -> Checkpoint:
     """Open a checkpoint and check its structure: headers, index, layers, embedding, head; no weights yet.
 
+    With an adapter, and for a folder that is one, the result reads as the adapted model: changed tensors are
+    computed in float32 chunk by chunk (`AdaptedCheckpoint`).
+
     Args:
-        source: a folder or a hub id (see `locate`).
+        source: a folder or a hub id (see `locate`): of a model, or of a LoRA adapter.
         revision: of a hub id.
-        adapter: a LoRA adapter; refused by this version.
+        adapter: folder or hub id of a LoRA adapter to lay on it.
+        adapter_revision: of the adapter's hub id.
         name: what the user calls it; the folder's or repository's name if empty.
+        base: the opened model under the adapter. Without it, an adapter as `source` names its own base, and
+            a model as `source` is opened.
 
     Raises:
         CheckpointError: one sentence that names the file, the tensor or key, and the fix.
     """
-    if adapter is not None:
-        raise CheckpointError(f"{adapter}: {ADAPTERS_UNSUPPORTED}")
-    path = locate(str(source), revision)
-    name = name or Path(source).expanduser().absolute().name
+    name = name or Path(adapter or source).expanduser().absolute().name
+    path = find(str(source), revision)
+    if is_adapter(path) and adapter is not None:
+        raise CheckpointError(
+            f"{source}: is a LoRA adapter itself, and an adapter '{adapter}' is given; name the model under it"
+        )
+    if adapter is None and not is_adapter(path):
+        check_weights(path, str(source))
+        return _open_folder(path, name)
+    from evomerge.checkpoints.adapted import adapt
+    from evomerge.checkpoints.adapters import read_adapter
+
+    if adapter is None:
+        read = read_adapter(path)
+        under = base or _own_base(read)
+    else:
+        read = read_adapter(find_adapter(adapter, adapter_revision))
+        under = base or open_checkpoint(source, revision=revision)
+    return adapt(under, read, name=name)
+
+
+def _own_base(adapter: Adapter) -> Checkpoint:
+    """Open the model that an adapter says it was trained on."""
+    key = at(adapter.path / ADAPTER_CONFIG, "base_model_name_or_path")
+    if adapter.base is None:
+        raise CheckpointError(
+            f"{key}this key is missing; say which model is under the adapter (source: MODEL, adapter: FOLDER)"
+        )
+    try:
+        folder = find(adapter.base, None if Path(adapter.base).exists() else adapter.base_revision)
+        if is_adapter(folder):
+            raise CheckpointError(f"{folder}: is an adapter itself")
+        check_weights(folder, adapter.base)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{key}the model under the adapter cannot be used: {error} (or say where it is: source: MODEL, "
+            "adapter: FOLDER)"
+        ) from None
+    return _open_folder(folder, folder.name)
+
+
+def _open_folder(path: Path, name: str) -> Checkpoint:
     config = _read_object(path / CONFIG_FILE)
     _refuse_quantised(path, config)
     num_layers = layer_count(config, path / CONFIG_FILE)

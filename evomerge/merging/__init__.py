@@ -25,7 +25,7 @@ from evomerge.errors import CandidateFailed, CheckpointError, UserError
 from evomerge.merging.execute import NonFinite, Progress, execute
 from evomerge.merging.plan import MergePlan, TensorJob, donor_of, plan_merge
 from evomerge.merging.sinks import FileSink, HashSink, LiveSink, Sink
-from evomerge.recipe import Recipe, load_recipe
+from evomerge.recipe import Recipe, Source, load_recipe
 
 if TYPE_CHECKING:
     from evomerge.merging.live import Materializer, live_model
@@ -44,6 +44,7 @@ __all__ = [
     "live_model",
     "merge",
     "open_parents",
+    "open_sources",
     "pin",
     "plan_merge",
     "verify_sources",
@@ -152,11 +153,7 @@ def open_parents(recipe: Recipe) -> dict[str, Checkpoint]:
     Raises:
         CheckpointError: a model cannot be read, or differs from the others in tensors, shapes or tokenizer.
     """
-    checkpoints: dict[str, Checkpoint] = {}
-    for name, source in recipe.models.items():
-        checkpoints[name] = open_checkpoint(
-            source.source, revision=source.revision, adapter=source.adapter, name=name
-        )
+    checkpoints = open_sources(recipe.models, _under(recipe))
     merged, speaking = _merged_together(recipe), _token_users(recipe)
     warnings: list[str] = []
     for (first, *others), any_depth in merged:
@@ -168,6 +165,46 @@ def open_parents(recipe: Recipe) -> dict[str, Checkpoint]:
     for warning in dict.fromkeys(warnings):
         _log.warning("%s", warning)
     return checkpoints
+
+
+def open_sources(sources: Mapping[str, Source], under: Mapping[str, str]) -> dict[str, Checkpoint]:
+    """Open models and adapted models by name; a base that several adapters lie on is opened once.
+
+    Args:
+        sources: where they come from.
+        under: for the name of a model that may be an adapter alone, the name of the model it then lies on.
+
+    Raises:
+        CheckpointError: a model cannot be read, or an adapter does not fit its base.
+    """
+    opened: dict[str, Checkpoint] = {}
+    plain: dict[tuple[str, str | None], Checkpoint] = {}
+    for name in sorted(sources, key=lambda name: (name in under, sources[name].adapter is not None)):
+        source = sources[name]
+        place = (source.source, source.revision)
+        base = opened.get(under.get(name, "")) if source.adapter is None else plain.get(place)
+        opened[name] = open_checkpoint(
+            source.source,
+            revision=source.revision,
+            adapter=source.adapter,
+            adapter_revision=source.adapter_revision,
+            name=name,
+            base=base,
+        )
+        if source.adapter is None:
+            plain[place] = opened[name]
+    return {name: opened[name] for name in sources}
+
+
+def _under(recipe: Recipe) -> dict[str, str]:
+    """Return the base of the merge that a model is an input of, by the model's name."""
+    bases = {merge.base for merge in recipe.merges.values()}
+    return {
+        name: merge.base
+        for merge in recipe.merges.values()
+        for name in merge.inputs
+        if merge.base is not None and name not in bases
+    }
 
 
 def _merged_together(recipe: Recipe) -> list[tuple[list[str], bool]]:

@@ -66,7 +66,7 @@ def execute(
     lock = threading.Lock()
 
     def read(model: str, tensor: str) -> torch.Tensor:
-        if stream:
+        if stream or not checkpoints[model].mapped(tensor):
             # The methods and the copy below only slice.
             return cast(torch.Tensor, StreamedTensor(checkpoints[model], tensor))
         return checkpoints[model].tensor(tensor).reshape(-1)

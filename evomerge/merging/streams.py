@@ -6,6 +6,8 @@ import torch
 
 from evomerge.checkpoints import Checkpoint
 
+PIECE = 1 << 18
+
 
 class StreamedTensor:
     """Stands in for a flat tensor of a checkpoint where only slices of it are read.
@@ -18,7 +20,7 @@ class StreamedTensor:
         info = checkpoint.tensors[name]
         self._checkpoint = checkpoint
         self._name = name
-        self.dtype = info.dtype
+        self.dtype = checkpoint.read_dtype(name)
         self.shape = torch.Size([info.numel])
 
     def numel(self) -> int:
@@ -33,6 +35,14 @@ class StreamedTensor:
         return self
 
     def __getitem__(self, part: slice) -> torch.Tensor:
-        start, stop, _ = part.indices(self.numel())
+        start, stop, step = part.indices(self.numel())
+        if step != 1:
+            return torch.cat([self[begin:end][::step] for begin, end in _pieces(start, stop, step)])
         out = torch.empty(max(0, stop - start), dtype=self.dtype)
         return self._checkpoint.read_into(self._name, start, out)
+
+
+def _pieces(start: int, stop: int, step: int) -> list[tuple[int, int]]:
+    """Cut a range into pieces of about `PIECE` elements that each begin on the step's grid."""
+    length = max(1, PIECE // step) * step
+    return [(begin, min(begin + length, stop)) for begin in range(start, stop, length)]

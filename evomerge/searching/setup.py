@@ -74,17 +74,48 @@ class Setup:
 
 def open_models(config: Config) -> tuple[dict[str, Checkpoint], tuple[str, ...]]:
     """Open base and experts and check that they can be merged; return them and the warnings."""
-    from evomerge.checkpoints import check_compatible, check_tokenizers, open_checkpoint
+    from evomerge.checkpoints import check_compatible, check_tokenizers
+    from evomerge.merging import open_sources
 
-    refs = {BASE: config.models.base, **config.models.experts}
-    opened = {
-        name: open_checkpoint(ref.path, revision=ref.revision, adapter=ref.adapter, name=name)
-        for name, ref in refs.items()
-    }
+    opened = open_sources(_sources(config), {})
     experts = {name: opened[name] for name in config.models.experts}
     warnings = check_compatible(opened[BASE], experts)
     warnings += check_tokenizers(opened[BASE], experts) or []
     return opened, tuple(warnings)
+
+
+def adapters_on_base(config: Config) -> Config:
+    """Return the config with every expert that is an adapter alone written as that adapter on the base."""
+    from evomerge.checkpoints import find, is_adapter
+
+    base = config.models.base
+
+    def whole(ref: ModelRef) -> ModelRef:
+        if ref.adapter is not None or not is_adapter(find(ref.path, ref.revision)):
+            return ref
+        return base.model_copy(
+            update={
+                "adapter": ref.path,
+                "adapter_revision": ref.revision,
+                "trust_remote_code": ref.trust_remote_code,
+            }
+        )
+
+    experts = {name: whole(ref) for name, ref in config.models.experts.items()}
+    return config.model_copy(update={"models": config.models.model_copy(update={"experts": experts})})
+
+
+def _sources(config: Config) -> dict[str, Source]:
+    refs = {BASE: config.models.base, **config.models.experts}
+    return {
+        name: Source(
+            source=ref.path,
+            revision=ref.revision,
+            adapter=ref.adapter,
+            adapter_revision=ref.adapter_revision,
+        )
+        for name, ref in refs.items()
+    }
 
 
 def decide_engine(config: Config, base: Checkpoint) -> Config:
@@ -122,10 +153,20 @@ def decide_output(config: Config, base: Checkpoint) -> tuple[Config, tuple[str, 
 def pin_revisions(config: Config, checkpoints: Mapping[str, Checkpoint]) -> Config:
     """Return the config with the commit of every hub model written out, so that a resume sees the same files."""
 
+    def commit(place: str | None, folder: Path | None) -> str | None:
+        from_hub = place is not None and folder is not None and not Path(place).is_absolute()
+        return folder.name if from_hub and folder is not None and folder.parent.name == "snapshots" else None
+
     def pinned(name: str, ref: ModelRef) -> ModelRef:
-        folder = checkpoints[name].path
-        from_hub = folder.parent.name == "snapshots" and not Path(ref.path).is_absolute()
-        return ref.model_copy(update={"revision": folder.name}) if from_hub else ref
+        adapter = getattr(checkpoints[name], "adapter", None)
+        model = commit(ref.path, checkpoints[name].path)
+        lora = commit(ref.adapter, adapter.path if adapter else None)
+        return ref.model_copy(
+            update={
+                "revision": model or ref.revision,
+                "adapter_revision": lora or ref.adapter_revision,
+            }
+        )
 
     experts = {name: pinned(name, ref) for name, ref in config.models.experts.items()}
     models = config.models.model_copy(update={"base": pinned(BASE, config.models.base), "experts": experts})
@@ -149,20 +190,15 @@ def set_up(config: Config, *, file: Path | str, weights: bool = True) -> Setup:
     from evomerge.evaluation.suite import Suite
     from evomerge.spaces import baseline_recipes, space_for
 
+    config = adapters_on_base(config)
     checkpoints, warnings = open_models(config)
     base = checkpoints[BASE]
     config = pin_revisions(decide_engine(config, base), checkpoints)
     config, mixed = decide_output(config, base)
     warnings += mixed
-    refs = {BASE: config.models.base, **config.models.experts}
     sources = {
-        name: Source(
-            source=refs[name].path,
-            revision=refs[name].revision,
-            adapter=refs[name].adapter,
-            sha256=checkpoint.sha256 if weights else "0" * 64,
-        )
-        for name, checkpoint in checkpoints.items()
+        name: source.model_copy(update={"sha256": checkpoints[name].sha256 if weights else "0" * 64})
+        for name, source in _sources(config).items()
     }
     if weights:
         warnings += _same_content(sources)

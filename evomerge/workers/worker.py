@@ -147,17 +147,14 @@ class _Bench:
 
 def _open(sources: Mapping[str, Source]) -> dict[str, Checkpoint]:
     """Open the parents and check that they are the ones that the driver saw."""
-    from evomerge.checkpoints import open_checkpoint
+    from evomerge.merging import open_sources
 
-    opened = {}
+    opened = open_sources(sources, {})
     for name, source in sources.items():
-        opened[name] = open_checkpoint(
-            source.source, revision=source.revision, adapter=source.adapter, name=name
-        )
         if opened[name].sha256 != source.sha256:
             raise UserError(
-                f"{source.source}: this worker sees other weights of '{name}' than the driver; let all machines "
-                "see the same files"
+                f"{source.adapter or source.source}: this worker sees other weights of '{name}' than the driver; "
+                "let all machines see the same files"
             )
     return opened
 

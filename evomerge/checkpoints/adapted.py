@@ -1,0 +1,269 @@
+"""A base with a LoRA adapter on it: a checkpoint whose changed tensors are computed where they are read."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+
+from evomerge.checkpoints.adapters import Adapter, Change, combined_sha256, fit
+from evomerge.checkpoints.completeness import input_embedding
+from evomerge.checkpoints.header import TensorInfo
+from evomerge.checkpoints.reader import Checkpoint
+
+BLOCK = 1 << 18
+"""Elements that are expanded at a time; fixed, so that the bits do not depend on who reads which part."""
+
+HEAD = "lm_head.weight"
+
+
+class _Local(threading.local):
+    """Memory of each thread; left behind when pickled."""
+
+    def __reduce__(self) -> tuple[type[_Local], tuple[()]]:
+        return _Local, ()
+
+
+@dataclass(frozen=True, eq=False)
+class AdaptedCheckpoint(Checkpoint):
+    """A base with a LoRA adapter; the factors stay as they are, W_0 + s B A is expanded block by block.
+
+    Where the base ties its head to the embedding and the adapter changes one of the two, the head is a tensor
+    of its own and `tied` is false: that is what the adapter was trained as.
+
+    Attributes:
+        base: the model that the adapter lies on.
+        adapter: the PEFT folder.
+        changes: by the names of the base's tensors.
+        sources: name in the base of each tensor; differs for the head of a tied base.
+    """
+
+    base: Checkpoint = field(kw_only=True)
+    adapter: Adapter = field(kw_only=True)
+    changes: dict[str, Change] = field(kw_only=True)
+    sources: dict[str, str] = field(kw_only=True)
+    _local: _Local = field(default_factory=_Local, repr=False, kw_only=True)
+
+    def mapped(self, name: str) -> bool:
+        change = self.changes.get(name)
+        return change is None or change.replaces
+
+    def read_dtype(self, name: str) -> torch.dtype:
+        change = self.changes.get(name)
+        if change is None:
+            return self.base.read_dtype(self.sources[name])
+        if change.replaces and change.whole is not None:
+            return change.whole.dtype
+        dtypes = {info.dtype for info in change.infos} | {self.tensors[name].dtype}
+        return torch.float64 if torch.float64 in dtypes else torch.float32
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Return a tensor in its shape; a changed one is expanded as a whole, in the dtype of reading."""
+        change = self.changes.get(name)
+        if change is None:
+            return self.base.tensor(self.sources[name])
+        if change.replaces and change.whole is not None:
+            return _view(self.adapter, change.whole)
+        info = self.tensors[name]
+        out = torch.empty(info.numel, dtype=self.read_dtype(name))
+        return self.read_into(name, 0, out).reshape(info.shape)
+
+    def read_into(self, name: str, start: int, out: torch.Tensor) -> torch.Tensor:
+        self._check_reading(name, start, out)
+        change = self.changes.get(name)
+        if change is None:
+            return self.base.read_into(self.sources[name], start, out)
+        if change.replaces and change.whole is not None:
+            return _read(self.adapter, change.whole, start, out)
+        done = 0
+        while done < out.numel():
+            expansion = self._expansion(name)
+            first = (start + done) // expansion.elements
+            block = expansion.block(first)
+            offset = start + done - first * expansion.elements
+            count = min(out.numel() - done, expansion.elements - offset)
+            out[done : done + count] = block[offset : offset + count]
+            done += count
+        return out
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the content: that of the base, the adapter's tensors and how they are applied.
+
+        Raises:
+            CheckpointError: a tensor has NaN or infinite values.
+        """
+        return combined_sha256(self.base.sha256, self.adapter.sha256)
+
+    def _expansion(self, name: str) -> _Expansion:
+        """Return the calling thread's expansion of a tensor; it keeps the last one that it asked for."""
+        last: _Expansion | None = getattr(self._local, "expansion", None)
+        if last is None or last.name != name:
+            last = self._local.expansion = None  # its memory is free before the next one's is taken
+            last = self._local.expansion = _Expansion(self, name)
+        return last
+
+
+class _Expansion:
+    """One changed tensor, block by block of whole rows; one thread's.
+
+    All blocks have the same number of rows, the last one of the factors is padded with zeros: the matrix
+    product has one shape, and its bits do not depend on where reading begins.
+    """
+
+    def __init__(self, checkpoint: AdaptedCheckpoint, name: str) -> None:
+        info = checkpoint.tensors[name]
+        change = checkpoint.changes[name]
+        self.name = name
+        self._checkpoint = checkpoint
+        self._change = change
+        self._dtype = checkpoint.read_dtype(name)
+        self._total = info.shape[0] if info.shape else 1
+        self._columns = info.numel // max(1, self._total)
+        self._rows = max(1, min(BLOCK // max(1, self._columns), self._total))
+        self.elements = self._rows * self._columns
+        self._index = -1
+        self._values = torch.empty(self.elements, dtype=self._dtype)
+        self._stored = torch.empty(self.elements, dtype=self._source_dtype())
+        self._replaced = dict(zip(change.rows, range(len(change.rows)), strict=True))
+        self._left = self._right = self._product = torch.empty(0)
+        if change.product is not None:
+            a, b = (
+                _load(checkpoint.adapter, factor, self._dtype)
+                for factor in (change.product.a, change.product.b)
+            )
+            left, right = (a.T, b.T) if change.product.transposed else (b, a)
+            padded = math.ceil(self._total / self._rows) * self._rows
+            self._left = torch.zeros(padded, left.shape[1], dtype=self._dtype)
+            self._left[: self._total] = left
+            self._right = right.contiguous()
+            self._product = torch.empty(self._rows, self._columns, dtype=self._dtype)
+
+    def block(self, index: int) -> torch.Tensor:
+        """Return the block's elements, valid until another block is asked for."""
+        if index == self._index:
+            return self._values
+        self._index = -1
+        first = index * self._rows
+        rows = min(self._rows, self._total - first)
+        count = rows * self._columns
+        values = self._values[:count]
+        values.copy_(self._read(first * self._columns, self._stored[:count]))
+        change = self._change
+        if change.tokens is not None:
+            for row in range(first, first + rows):
+                if row in self._replaced:
+                    place = (row - first) * self._columns
+                    values[place : place + self._columns] = self._token_row(change.tokens, row)
+        if change.product is not None:
+            with _one_thread():
+                torch.mm(self._left[first : first + self._rows], self._right, out=self._product)
+            self._product.mul_(change.product.scale)
+            values.add_(self._product.view(-1)[:count])
+        if change.shift is not None:
+            shift = _load(self._checkpoint.adapter, change.shift, self._dtype)
+            values.add_(shift[first : first + rows].mul_(change.scale))
+        self._index = index
+        return self._values
+
+    def _source_dtype(self) -> torch.dtype:
+        if self._change.whole is not None:
+            return self._change.whole.dtype
+        return self._checkpoint.base.read_dtype(self._checkpoint.sources[self.name])
+
+    def _read(self, start: int, out: torch.Tensor) -> torch.Tensor:
+        checkpoint = self._checkpoint
+        if self._change.whole is not None:
+            return _read(checkpoint.adapter, self._change.whole, start, out)
+        return checkpoint.base.read_into(checkpoint.sources[self.name], start, out)
+
+    def _token_row(self, tokens: TensorInfo, row: int) -> torch.Tensor:
+        out = torch.empty(self._columns, dtype=tokens.dtype)
+        return _read(self._checkpoint.adapter, tokens, self._replaced[row] * self._columns, out)
+
+
+def adapt(base: Checkpoint, adapter: Adapter, *, name: str) -> AdaptedCheckpoint:
+    """Lay an adapter on an opened base.
+
+    Args:
+        base: the model.
+        adapter: from `read_adapter`.
+        name: what the user calls the result.
+
+    Raises:
+        CheckpointError: the adapter cannot be used, or is not one for this base.
+    """
+    tensors, sources, config, tied = dict(base.tensors), {n: n for n in base.tensors}, base.config, base.tied
+    embedding = input_embedding(base.tensors)
+    shapes = {n: info.shape for n, info in tensors.items()}
+    if tied and embedding is not None:
+        shapes[HEAD] = shapes[embedding]
+    changes = fit(adapter, shapes, config=base.config, base=str(base.path))
+    if tied and embedding is not None and _unties(changes, embedding, adapter):
+        tensors[HEAD] = replace(tensors[embedding], name=HEAD)
+        sources[HEAD] = embedding
+        config, tied = {**config, "tie_word_embeddings": False}, False
+        if HEAD not in changes and changes[embedding].tokens is not None:
+            changes[HEAD] = Change(tokens=changes[embedding].tokens, rows=changes[embedding].rows)
+    elif tied:
+        changes.pop(HEAD, None)
+    return AdaptedCheckpoint(
+        name,
+        base.path,
+        config,
+        tensors,
+        tied,
+        base.num_layers,
+        base=base,
+        adapter=adapter,
+        changes=changes,
+        sources=sources,
+    )
+
+
+def _unties(changes: dict[str, Change], embedding: str, adapter: Adapter) -> bool:
+    """Whether head and embedding of a tied base differ once the adapter is on it.
+
+    peft ties replaced token rows to the head; everything else only where `ensure_weight_tying` says so.
+    """
+    if adapter.config.get("ensure_weight_tying"):
+        return False
+    own = changes.get(embedding)
+    return HEAD in changes or (own is not None and own.tokens is None)
+
+
+def _load(adapter: Adapter, info: TensorInfo, dtype: torch.dtype) -> torch.Tensor:
+    """Read a stored tensor of an adapter as a whole."""
+    out = torch.empty(info.numel, dtype=info.dtype)
+    return _read(adapter, info, 0, out).to(dtype).reshape(info.shape)
+
+
+def _read(adapter: Adapter, info: TensorInfo, start: int, out: torch.Tensor) -> torch.Tensor:
+    if out.numel():
+        adapter.files.read_into(
+            info.file, info.offset + start * info.dtype.itemsize, out.view(torch.uint8).numpy().data
+        )
+    return out
+
+
+def _view(adapter: Adapter, info: TensorInfo) -> torch.Tensor:
+    return adapter.files.view(info.file, info.offset, info.nbytes, info.dtype).reshape(info.shape)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep a matrix product on this thread: how it is cut over several changes its bits."""
+    before = torch.get_num_threads()
+    if before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
