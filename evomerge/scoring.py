@@ -92,9 +92,9 @@ def evaluate(
 
     recipe = pin(recipe, checkpoints)
     label = f"recipe {recipe.hash}" if isinstance(model, Recipe) else str(model)
-    donor = checkpoints[plan_merge(recipe, checkpoints).tokenizer]
-    config = decide_engine(config, donor)
-    tokenizer = load_tokenizer(donor.path)
+    plan = plan_merge(recipe, checkpoints)
+    config = decide_engine(config, checkpoints[plan.donor])
+    tokenizer = load_tokenizer(plan.vocabulary.source.folder)
     built = Suite.build(
         config.suite,
         config.splits,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from evomerge.checkpoints.completeness import output_head, vocabulary_tensors
 from evomerge.checkpoints.names import parse
 from evomerge.checkpoints.reader import Checkpoint
 from evomerge.errors import CheckpointError
@@ -18,7 +19,6 @@ _DECISIVE: tuple[tuple[str, ...], ...] = (
     ("hidden_size", "n_embd", "d_model"),
     _DEPTH,
     ("intermediate_size", "n_inner", "ffn_dim"),
-    ("vocab_size",),
     ("num_attention_heads", "n_head", "n_heads"),
     ("num_key_value_heads",),
     ("head_dim",),
@@ -43,7 +43,9 @@ _FORWARD: tuple[tuple[str, ...], ...] = (
 def check_compatible(
     base: Checkpoint, others: Mapping[str, Checkpoint], *, any_depth: bool = False
 ) -> list[str]:
-    """Refuse checkpoints that cannot be merged: other architecture, sizes, tying, tensors or shapes.
+    """Refuse checkpoints that cannot be merged: other architecture, sizes, tensors or shapes.
+
+    The number of tokens may differ, and whether the head is tied to the embedding.
 
     Args:
         base: what the others are compared with.
@@ -116,12 +118,6 @@ def _check_config(base: Checkpoint, name: str, other: Checkpoint, any_depth: boo
                 f"{other.path}: expert '{name}' has {_key(base.config, keys)} {theirs}, "
                 f"{_called(base)} {ours}; only fine-tunes of one architecture can be merged"
             )
-    if base.tied != other.tied:
-        words = {True: "tied", False: "untied"}
-        raise CheckpointError(
-            f"{other.path}: expert '{name}' has {words[other.tied]} embeddings, {_called(base)} "
-            f"{words[base.tied]} ones (tie_word_embeddings); save both in the same form first"
-        )
 
 
 def _check_tensors(base: Checkpoint, name: str, other: Checkpoint, any_depth: bool) -> None:
@@ -131,8 +127,9 @@ def _check_tensors(base: Checkpoint, name: str, other: Checkpoint, any_depth: bo
         places = ((tensor, parse(tensor).position) for tensor in checkpoint.tensors)
         return [t for t, place in places if shared is None or isinstance(place, str) or place < shared]
 
-    missing = [tensor for tensor in compared(base) if tensor not in other.tensors]
-    unknown = [tensor for tensor in compared(other) if tensor not in base.tensors]
+    heads = {output_head(base.tensors), output_head(other.tensors)} if base.tied != other.tied else set()
+    missing = [tensor for tensor in compared(base) if tensor not in {*other.tensors, *heads}]
+    unknown = [tensor for tensor in compared(other) if tensor not in {*base.tensors, *heads}]
     if missing:
         raise CheckpointError(
             f"{other.path}: expert '{name}' lacks {_list(missing)}, which {_called(base)} has; "
@@ -143,7 +140,14 @@ def _check_tensors(base: Checkpoint, name: str, other: Checkpoint, any_depth: bo
             f"{other.path}: expert '{name}' has {_list(unknown)}, unknown to {_called(base)}; "
             "only fine-tunes of one architecture can be merged"
         )
-    differing = [t for t in compared(base) if base.tensors[t].shape != other.tensors[t].shape]
+    by_token = vocabulary_tensors(base.tensors)
+    differing = [
+        tensor
+        for tensor in compared(base)
+        if tensor in other.tensors
+        and base.tensors[tensor].shape[tensor in by_token :]
+        != other.tensors[tensor].shape[tensor in by_token :]
+    ]
     if differing:
         first, rest = differing[0], len(differing) - 1
         more = f"; {rest} further tensors differ in shape too" if rest else ""

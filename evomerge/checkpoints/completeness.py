@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from evomerge.checkpoints.header import TensorInfo
 from evomerge.checkpoints.names import parse
 from evomerge.errors import CheckpointError, at
 
@@ -47,6 +48,15 @@ def input_embedding(names: Iterable[str]) -> str | None:
 def output_head(names: Iterable[str]) -> str | None:
     """Return the name of the language-model head's weight, or None."""
     return next((name for name in names if parse(name).role == "head" and name.endswith("weight")), None)
+
+
+def vocabulary_tensors(tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """Return the names of the tensors with a row for each token: embedding, head, and the head's bias."""
+    embedding = input_embedding(tensors)
+    if embedding is None:
+        return []
+    ends = [embedding, *(name for name in tensors if parse(name).role == "head")]
+    return [name for name in ends if tensors[name].shape[:1] == tensors[embedding].shape[:1]]
 
 
 def check_complete(names: Iterable[str], config: Mapping[str, Any], *, tied: bool, place: Path | str) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,9 @@ _TIED_BY_DEFAULT = {
     *("gemma3_text", "gemma3n_text", "gpt2", "gpt_bigcode", "gpt_neo", "lfm2", "lfm2_moe", "mamba", "mpt"),
     *("opt", "recurrent_gemma", "smollm3", "starcoder2", "vaultgemma", "xglm", "zamba", "zamba2"),
 }
+
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +118,11 @@ class Checkpoint:
             raise ValueError(f"'{name}' is {dtype}; the buffer must be flat, contiguous and of that dtype")
         if start < 0 or start + out.numel() > numel:
             raise ValueError(f"'{name}' has {numel} elements, not {start} to {start + out.numel()}")
+
+    @cached_property
+    def repeats_embedding(self) -> bool:
+        """Whether head and embedding are the same, byte for byte: tied, or two equal tensors."""
+        return self.tied or _equal_ends(self)
 
     @cached_property
     def sha256(self) -> str:
@@ -297,10 +306,27 @@ def _is_tied(path: Path, config: dict[str, Any], tensors: dict[str, TensorInfo])
 
 
 def _without_tied_head(checkpoint: Checkpoint) -> Checkpoint:
-    """Drop a head that repeats the embedding; refuse one that differs from it."""
+    """Drop a head that repeats the embedding; one that differs from it makes the checkpoint untied.
+
+    transformers decides the same when it loads such a folder.
+    """
     head, embedding = output_head(checkpoint.tensors), input_embedding(checkpoint.tensors)
     if head is None or embedding is None:
         return checkpoint
+    if not _equal_ends(checkpoint):
+        _log.warning(
+            "%s: config.json says that the embeddings are tied, but '%s' differs from '%s'; both are used",
+            *(checkpoint.path, head, embedding),
+        )
+        return replace(checkpoint, tied=False)
+    del checkpoint.tensors[head]
+    return checkpoint
+
+
+def _equal_ends(checkpoint: Checkpoint) -> bool:
+    head, embedding = output_head(checkpoint.tensors), input_embedding(checkpoint.tensors)
+    if head is None or embedding is None:
+        return False
     ours, theirs = checkpoint.tensors[head], checkpoint.tensors[embedding]
     same = (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
     step = 1 << 24
@@ -309,11 +335,6 @@ def _without_tied_head(checkpoint: Checkpoint) -> Checkpoint:
             checkpoint.tensor(name).view(-1)[start : start + step].view(torch.uint8)
             for name in (head, embedding)
         )
-        same = same and torch.equal(one, other)
-    if not same:
-        raise CheckpointError(
-            f"{checkpoint.path}: config says tied but '{head}' differs from '{embedding}'; set "
-            "tie_word_embeddings: false in config.json, or remove the head"
-        )
-    del checkpoint.tensors[head]
-    return checkpoint
+        if not torch.equal(one, other):
+            return False
+    return same

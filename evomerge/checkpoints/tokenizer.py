@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,7 +48,6 @@ _VOCABULARIES = (
     "vocab.txt",
     "tekken.json",
 )
-_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -105,12 +105,46 @@ def read_vocabulary(path: Path) -> Vocabulary:
     """Read a folder's token ids and merges.
 
     ``tokenizer.json`` (or ``vocab.json`` and ``merges.txt``) is read as it is, with the tokens that
-    ``added_tokens.json`` and ``tokenizer_config.json`` add; other formats are loaded with transformers.
+    ``added_tokens.json`` and ``tokenizer_config.json`` add; other formats are loaded with transformers. The
+    last few vocabularies are kept.
 
     Raises:
         CheckpointError: no tokenizer, or a file of it cannot be read.
     """
     _require_tokenizer(path)
+    return _read_vocabulary(path, _state(path))
+
+
+def vocabulary_digest(path: Path) -> str:
+    """Return a hash that two folders share only if their token ids are the same.
+
+    Folders with the same ids in other words may differ in it. Chat templates and settings do not matter.
+    """
+    return _vocabulary_digest(path, _state(path))
+
+
+@lru_cache(maxsize=64)
+def _vocabulary_digest(path: Path, state: object) -> str:
+    digest = hashlib.sha256()
+    for file in tokenizer_files(path):
+        data = file.read_bytes()
+        if file.name == "tokenizer_config.json":
+            data = json.dumps(_read_json(file).get("added_tokens_decoder"), sort_keys=True).encode()
+        elif file.name == "special_tokens_map.json":
+            continue
+        digest.update(f"{file.name} {len(data)}\n".encode())
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def _state(path: Path) -> tuple[tuple[str, int, int], ...]:
+    """Return what changes when a tokenizer's files do."""
+    stats = [(file.name, file.stat()) for file in tokenizer_files(path)]
+    return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+
+
+@lru_cache(maxsize=16)
+def _read_vocabulary(path: Path, state: object) -> Vocabulary:
     fast = path / "tokenizer.json"
     steps: dict[str, str] | None = None
     try:
@@ -121,6 +155,7 @@ def read_vocabulary(path: Path) -> Vocabulary:
             ids = dict(words) if isinstance(words, dict) else {entry[0]: i for i, entry in enumerate(words)}
             merges = tuple(m if isinstance(m, str) else " ".join(m) for m in model.get("merges", ()))
             ids.update({entry["content"]: entry["id"] for entry in data.get("added_tokens") or ()})
+            _check_ids(ids)
             steps = {
                 key: json.dumps(data.get(key), sort_keys=True) for key in ("normalizer", "pre_tokenizer")
             }
@@ -129,11 +164,13 @@ def read_vocabulary(path: Path) -> Vocabulary:
             ids = dict(_read_json(fast))
             lines = (path / "merges.txt").read_text(encoding="utf-8").splitlines()
             merges = tuple(line for line in lines if line and not line.startswith("#version"))
+            _check_ids(ids)
         else:
             return Vocabulary(load_tokenizer(path).get_vocab())
         if (path / "added_tokens.json").is_file():
             fast = path / "added_tokens.json"
             ids.update(_read_json(fast))
+            _check_ids(ids)
         fast = path / "tokenizer_config.json"
         added = _read_json(fast).get("added_tokens_decoder") if fast.is_file() else None
         ids.update({entry["content"]: int(key) for key, entry in (added or {}).items()})
@@ -143,41 +180,44 @@ def read_vocabulary(path: Path) -> Vocabulary:
 
 
 def check_tokenizers(base: Checkpoint, others: Mapping[str, Checkpoint]) -> list[str]:
-    """Refuse experts whose tokenizer gives other ids than the base's.
+    """Compare experts' tokenizers with the base's as far as ids do not tell.
 
-    Token ids and BPE merges are compared. A checkpoint without tokenizer files is accepted with a warning:
-    its embedding has the same shape, and the output takes another's tokenizer. Without one in the base, the
-    first expert that has one stands in for it.
+    Other token ids are no hindrance (rows are matched by token); other merges or another normalizer mean that
+    a text becomes other tokens than the expert was trained on. Without a tokenizer in the base, the first
+    expert that has one stands in for it.
 
     Returns:
         Warnings, one sentence each.
 
     Raises:
-        CheckpointError: names at most five of the tokens or merges that differ.
+        CheckpointError: a tokenizer's file cannot be read.
     """
     warnings = []
     owner = base.name or "base"
     reference = base.path if has_tokenizer(base.path) else None
     if reference is None:
         warnings.append(f"{base.path}: the base has no tokenizer files")
-    vocabulary: Vocabulary | None = None
     for name, other in others.items():
         if not has_tokenizer(other.path):
             warnings.append(
-                f"{other.path}: expert '{name}' has no tokenizer files, so its tokens are not compared"
+                f"{other.path}: expert '{name}' has no tokenizer files, so its tokens are taken to be the base's"
             )
             continue
         if reference is None:
             owner, reference = f"expert '{name}'", other.path
             continue
-        if _same_files(reference, other.path):
+        if vocabulary_digest(reference) == vocabulary_digest(other.path):
             continue
-        vocabulary = vocabulary or read_vocabulary(reference)
-        theirs = read_vocabulary(other.path)
-        _check_ids(vocabulary, theirs, owner, name, other.path)
-        _check_merges(vocabulary, theirs, owner, name, other.path)
+        ours, theirs = read_vocabulary(reference), read_vocabulary(other.path)
+        place = f"{other.path}: the tokenizer of expert '{name}'"
+        difference = _differing_merge(ours, theirs, owner, name) if ours.ids == theirs.ids else None
+        if difference is not None:
+            warnings.append(
+                f"{place} has other BPE merges than that of {owner} ({difference}); texts may become other "
+                "tokens than it was trained on"
+            )
         for step in ("normalizer", "pre_tokenizer"):
-            if vocabulary.steps and theirs.steps and vocabulary.steps[step] != theirs.steps[step]:
+            if ours.steps and theirs.steps and ours.steps[step] != theirs.steps[step]:
                 warnings.append(
                     f"{other.path}: the {step} of expert '{name}' is written differently from that of "
                     f"{owner}; the same text may become other tokens"
@@ -237,6 +277,12 @@ def copy_tokenizer(out: Path, tokenizer_donor: Path, chat_template_donor: Path |
         target.write_text(template, encoding="utf-8")
 
 
+def _check_ids(ids: Mapping[str, object]) -> None:
+    for token, i in ids.items():
+        if type(i) is not int or i < 0:
+            raise ValueError(f"the id of {token!r} is {i!r}")
+
+
 def _require_tokenizer(path: Path) -> None:
     if not has_tokenizer(path):
         raise CheckpointError(f"{path}: has no tokenizer files (none of {', '.join(_VOCABULARIES)})")
@@ -252,43 +298,9 @@ def _read_json(file: Path) -> dict[str, Any]:
     return data
 
 
-def _same_files(one: Path, other: Path) -> bool:
-    """Whether two folders have the same tokenizer, judged by the bytes of its files."""
-    names = {file.name for folder in (one, other) for file in tokenizer_files(folder)}
-    return all(
-        (one / name).is_file()
-        and (other / name).is_file()
-        and (one / name).read_bytes() == (other / name).read_bytes()
-        for name in names
-    )
-
-
-def _check_ids(ours: Vocabulary, theirs: Vocabulary, owner: str, name: str, path: Path) -> None:
-    differing = [
-        token for token in {**ours.ids, **theirs.ids} if ours.ids.get(token) != theirs.ids.get(token)
-    ]
-    if not differing:
-        return
-
-    differing.sort(key=lambda token: (ours.ids.get(token, theirs.ids.get(token, 0)), token))
-    shown = []
-    for token in differing[:_SHOWN]:
-        one, other = ours.ids.get(token, "absent"), theirs.ids.get(token, "absent")
-        shown.append(f"'{token}' is {one} in {owner}, {other} in {name}")
-    more = f"; and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
-    raise CheckpointError(
-        f"{path}: the tokenizer of expert '{name}' is not that of {owner}: {'; '.join(shown)}{more}; "
-        "merge only checkpoints that share token ids"
-    )
-
-
-def _check_merges(ours: Vocabulary, theirs: Vocabulary, owner: str, name: str, path: Path) -> None:
+def _differing_merge(ours: Vocabulary, theirs: Vocabulary, owner: str, name: str) -> str | None:
     if ours.merges == theirs.merges or not ours.merges or not theirs.merges:
-        return
+        return None
     pairs = list(zip_longest(ours.merges, theirs.merges))
     rank, (one, other) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
-    raise CheckpointError(
-        f"{path}: the tokenizer of expert '{name}' has other BPE merges than that of {owner}: "
-        f"number {rank} is {one!r} in {owner}, {other!r} in {name}; "
-        "merge only checkpoints that share a tokenizer"
-    )
+    return f"number {rank} is {one!r} in {owner}, {other!r} in {name}"

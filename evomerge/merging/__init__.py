@@ -23,8 +23,9 @@ from evomerge.checkpoints import (
 from evomerge.environment import prepare
 from evomerge.errors import CandidateFailed, CheckpointError, UserError
 from evomerge.merging.execute import NonFinite, Progress, execute
-from evomerge.merging.plan import MergePlan, TensorJob, donor_of, plan_merge
+from evomerge.merging.plan import MergePlan, TensorJob, plan_merge
 from evomerge.merging.sinks import FileSink, HashSink, LiveSink, Sink
+from evomerge.merging.vocabulary import donor_of
 from evomerge.recipe import Recipe, Source, load_recipe
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def write_merge(
             [(job.name, job.shape, job.dtype) for job in plan.jobs],
             config=plan.config,
             donor=checkpoints[plan.donor].path,
-            tokenizer_donor=checkpoints[plan.tokenizer].path,
+            tokenizer_donor=plan.vocabulary.source.folder,
             chat_template_donor=template,
             max_shard_size=shard_bytes,
         ) as writer:

@@ -65,15 +65,15 @@ def execute(
     done = 0
     lock = threading.Lock()
 
-    def read(model: str, tensor: str) -> torch.Tensor:
-        if stream or not checkpoints[model].mapped(tensor):
+    def read(checkpoint: Checkpoint, tensor: str) -> torch.Tensor:
+        if stream or not checkpoint.mapped(tensor):
             # The methods and the copy below only slice.
-            return cast(torch.Tensor, StreamedTensor(checkpoints[model], tensor))
-        return checkpoints[model].tensor(tensor).reshape(-1)
+            return cast(torch.Tensor, StreamedTensor(checkpoint, tensor))
+        return checkpoint.tensor(tensor).reshape(-1)
 
     def work(job: TensorJob) -> None:
         nonlocal done
-        for start, values in _chunks(job, read, cache, chunk):
+        for start, values in _chunks(job, plan.parents(job, checkpoints), read, cache, chunk):
             _check_finite(values, job)
             sink.write(job.name, start, values)
         if progress is not None:
@@ -117,14 +117,18 @@ def _one_thread_per_operation() -> Iterator[None]:
 
 
 def _chunks(
-    job: TensorJob, read: Callable[[str, str], torch.Tensor], cache: TensorCache | None, chunk: int
+    job: TensorJob,
+    parents: Mapping[str, Checkpoint],
+    read: Callable[[Checkpoint, str], torch.Tensor],
+    cache: TensorCache | None,
+    chunk: int,
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Yield (first element, values in the output's number format); values are valid until the next one."""
-    inputs = [read(model, job.source_in(model)) for model in job.inputs]
+    inputs = [read(parents[model], job.source_in(model)) for model in job.inputs]
     if job.method is None:
         yield from _copied(inputs[0], job, chunk)
         return
-    base = None if job.base is None else read(job.base, job.source_in(job.base))
+    base = None if job.base is None else read(parents[job.base], job.source_in(job.base))
     merged = merge_chunks(
         job.method,
         base,

@@ -6,19 +6,22 @@ The plan is the same for every sink, so that what is scored in memory is what an
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from evomerge.checkpoints import Checkpoint
-from evomerge.checkpoints.completeness import input_embedding
+from evomerge.checkpoints.aligned import AlignedCheckpoint, source_name
+from evomerge.checkpoints.completeness import output_head
 from evomerge.checkpoints.header import MERGEABLE
 from evomerge.checkpoints.names import is_buffer, parse
 from evomerge.errors import CheckpointError, UserError, nearest
 from evomerge.merging.paths import check_path, fold_scales, path_config
+from evomerge.merging.vocabulary import OutputVocabulary, donor_of, ends, head_of, output_vocabulary, voters
 from evomerge.methods import MaskKey
 from evomerge.methods.registry import Parameter, get_method
 from evomerge.recipe import Hop, Merge, Recipe
@@ -26,7 +29,7 @@ from evomerge.settings import depth_of
 
 JobValue = float | bool | str | tuple[float, ...]
 
-HEAD = "lm_head.weight"
+_NESTED = ("text_config", "llm_config", "language_config")
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class TensorJob:
         values: parameters; one number per input for those of expert scope.
         masks: key of the random masks of methods that draw some.
         factor: multiplied in before the rounding (folded scales of a layer path).
+        view: key of `MergePlan.views` where the models are read in another form than they are stored.
     """
 
     name: str
@@ -61,6 +65,7 @@ class TensorJob:
     masks: MaskKey | None = None
     factor: float = 1.0
     sources: tuple[tuple[str, str], ...] = ()
+    view: str = ""
 
     def source_in(self, model: str) -> str:
         """Return the tensor's name in one of the models."""
@@ -80,7 +85,7 @@ class TensorJob:
     def key(self) -> str:
         """What the candidate-independent reductions of this tensor are cached under."""
         names = [self.source_in(model) for model in self.inputs] if self.sources else []
-        return "\x1f".join([self.source, self.base or "", *self.inputs, *names])
+        return "\x1f".join([self.source, self.view, self.base or "", *self.inputs, *names])
 
 
 @dataclass(frozen=True)
@@ -92,8 +97,9 @@ class MergePlan:
         jobs: one for each output tensor, in the order in which they are written.
         dtype: number format of most weights; that of the output's config and of the live model.
         donor: name of the model whose config and other small files go along.
-        tokenizer: name of the model whose tokenizer goes along.
+        vocabulary: the output's tokenizer.
         chat_template: name of the model whose chat template goes along, or None for the tokenizer's own.
+        views: models with other rows of embedding and head than they have on disk, by `TensorJob.view` and name.
         warnings: what the user should know, one sentence each.
     """
 
@@ -101,8 +107,9 @@ class MergePlan:
     jobs: tuple[TensorJob, ...]
     dtype: torch.dtype
     donor: str
-    tokenizer: str
+    vocabulary: OutputVocabulary
     chat_template: str | None = None
+    views: Mapping[str, Mapping[str, Checkpoint]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
     @property
@@ -110,14 +117,19 @@ class MergePlan:
         """Size of the output's tensors in bytes."""
         return sum(job.nbytes for job in self.jobs)
 
+    def parents(self, job: TensorJob, checkpoints: Mapping[str, Checkpoint]) -> Mapping[str, Checkpoint]:
+        """Return the models, by name, in the form in which a job reads them."""
+        return self.views[job.view] if job.view else checkpoints
+
 
 def plan_merge(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> MergePlan:
     """Plan the model that a recipe describes.
 
     Without `recipe.path` the output has the tensors of the merge's base (without one: of its first input),
     in the order of its files. With it, layer i of the output is hop i; embeddings come from the first hop's
-    source, final norm and head from the last one's. A path whose first and last hop differ in their source
-    has an untied head: the last source's head, which is its embedding if that source is tied.
+    source, final norm and head from the last one's. The head is tied if both are of one source and all its
+    models are tied, byte for byte; else it is a tensor, and a tied model's is its embedding. Embedding and
+    head have the rows of the output's tokenizer (`evomerge.merging.vocabulary`).
 
     Args:
         recipe: what to merge.
@@ -136,15 +148,13 @@ def plan_merge(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> MergePl
         name = next(iter(recipe.merges))
         donor = planner.donor(name)
         count = checkpoints[donor].num_layers
-        jobs = [
-            planner.job(name, tensor, depth=_depth(tensor, count))
-            for tensor in checkpoints[donor].tensors
-            if not is_buffer(tensor)
-        ]
+        names = [tensor for tensor in checkpoints[donor].tensors if not is_buffer(tensor)]
+        jobs = [planner.job(name, tensor, depth=_depth(tensor, count)) for tensor in planner.with_head(names)]
         config = copy.deepcopy(checkpoints[donor].config)
-        config["tie_word_embeddings"] = checkpoints[donor].tied
     else:
         jobs, config, donor, warnings = _plan_path(recipe, checkpoints, planner)
+    config["tie_word_embeddings"] = planner.head is None
+    _set_rows(config, planner.vocabulary.rows)
     dtype = _main_dtype(jobs)
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")
@@ -153,18 +163,18 @@ def plan_merge(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> MergePl
         jobs=tuple(jobs),
         dtype=dtype,
         donor=donor,
-        tokenizer=recipe.output.tokenizer or donor,
+        vocabulary=planner.vocabulary,
         chat_template=recipe.output.chat_template,
-        warnings=warnings,
+        views=planner.views,
+        warnings=(*warnings, *planner.vocabulary.warnings),
     )
 
 
-def donor_of(recipe: Recipe, source: str) -> str:
-    """Return the model that gives a source (a model's or a merge's name) its tensor set and config."""
-    if source in recipe.models:
-        return source
-    merge = recipe.merges[source]
-    return merge.base or merge.inputs[0]
+def _set_rows(config: dict[str, Any], rows: int) -> None:
+    """Write the number of rows of the embedding where the config tells it."""
+    places = [config, *(config[key] for key in _NESTED if isinstance(config.get(key), dict))]
+    for place in [place for place in places if "vocab_size" in place] or [config]:
+        place["vocab_size"] = rows
 
 
 def _plan_path(
@@ -198,15 +208,9 @@ def _plan_path(
             )
     jobs += [
         planner.job(sources[-1], name, factor=factors.final_norm if parse(name).role == "norm" else 1.0)
-        for name in _at(last, "post")
+        for name in planner.with_head(_at(last, "post"))
     ]
-    config = path_config(path, donors)
-    tied = last.tied and sources[0] == sources[-1]
-    config["tie_word_embeddings"] = tied
-    embedding = input_embedding(last.tensors)
-    if last.tied and not tied and embedding is not None:
-        jobs.append(planner.job(sources[-1], embedding, output=HEAD))
-    return jobs, config, planner.donor(sources[0]), warnings
+    return jobs, path_config(path, donors), planner.donor(sources[0]), warnings
 
 
 def _check_layers(index: int, hop: Hop, checkpoints: Mapping[str, Checkpoint]) -> None:
@@ -237,6 +241,34 @@ class _Planner:
         dtype = recipe.output.dtype
         self._dtype: torch.dtype | None = getattr(torch, dtype) if dtype else None
         self._identity: dict[tuple[str, ...], tuple[str, ...]] = {}
+        self.head = head_of(recipe, checkpoints)
+        self.vocabulary = output_vocabulary(recipe, checkpoints)
+        self.views: dict[str, Mapping[str, Checkpoint]] = {}
+        self._view_of: dict[str, str] = {}
+        for source in ends(recipe):
+            self._add_view(source)
+
+    def _add_view(self, source: str) -> None:
+        who = voters(self._recipe, source, self.vocabulary)
+        view = self.vocabulary.view(who, self.head)
+        if view:
+            key = hashlib.sha256(repr((self.vocabulary.source, who, self.head)).encode()).hexdigest()[:16]
+            self.views[key] = view
+            self._view_of[source] = key
+
+    def with_head(self, names: Sequence[str]) -> list[str]:
+        """Return the tensors with the output's head among them if it has one, and without any other."""
+        kept = [name for name in names if name == self.head or output_head([name]) is None]
+        return kept if self.head is None or self.head in kept else [*kept, self.head]
+
+    def _view(self, source: str, tensor: str) -> str:
+        """Return the key of the view that changes a tensor of a source, or an empty string."""
+        key = self._view_of.get(source, "")
+        changed = key and any(
+            isinstance(model, AlignedCheckpoint) and tensor in model.tensors and model.changes(tensor)
+            for model in self.views[key].values()
+        )
+        return key if changed else ""
 
     def donor(self, source: str) -> str:
         return donor_of(self._recipe, source)
@@ -251,14 +283,18 @@ class _Planner:
         depth: float = 0.0,
         layers: Mapping[str, int] | None = None,
     ) -> TensorJob:
-        info = self._checkpoints[self.donor(source)].tensors[tensor]
+        donor = self._checkpoints[self.donor(source)]
+        info = donor.tensors[source_name(donor, tensor)]
+        view = self._view(source, tensor)
+        read = next(iter(self.views[view].values())).tensors[tensor] if view else info
         copied = TensorJob(
             name=output or tensor,
-            shape=tuple(info.shape),
+            shape=tuple(read.shape),
             dtype=self._dtype or info.dtype,
             source=tensor,
             inputs=(source,),
             factor=factor,
+            view=view,
         )
         if source in self._recipe.models:
             job = copied
@@ -294,8 +330,9 @@ class _Planner:
         return MaskKey(seed=self._recipe.seed, experts=self._identity[inputs], tensor=tensor)
 
     def _check(self, job: TensorJob) -> None:
+        parents = self.views[job.view] if job.view else self._checkpoints
         for model in (*job.inputs, *([job.base] if job.base else [])):
-            checkpoint = self._checkpoints[model]
+            checkpoint = parents[model]
             name = job.source_in(model)
             info = checkpoint.tensors.get(name)
             if info is None:

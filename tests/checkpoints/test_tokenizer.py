@@ -17,6 +17,7 @@ from evomerge.checkpoints.tokenizer import (
     chat_templates,
     copy_tokenizer,
     read_vocabulary,
+    vocabulary_digest,
 )
 from evomerge.errors import CheckpointError
 from tests.models import make_model, make_tokenizer
@@ -55,48 +56,37 @@ def test_files_may_be_written_differently(pair: tuple[Path, Path]) -> None:
     assert check(pair) == []
 
 
-def test_the_tokens_that_differ_are_listed(pair: tuple[Path, Path], edit_json: EditJson) -> None:
-    def chat_tokens(data: dict[str, Any]) -> None:
-        data["model"]["vocab"]["<|im_end|>"] = data["model"]["vocab"].pop("<pad>")
-        data["added_tokens"] = [t for t in data["added_tokens"] if t["content"] != "<pad>"]
-
-    edit_json(pair[0] / "tokenizer.json", chat_tokens)
-    (pair[0] / "tokenizer_config.json").unlink()
-    with pytest.raises(CheckpointError) as caught:
-        check(pair)
-    message = str(caught.value)
-    assert message.startswith(f"{pair[1]}: the tokenizer of expert 'x' is not that of base: ")
-    assert "'<pad>' is absent in base, 2 in x; '<|im_end|>' is 2 in base, absent in x; merge" in message
-
-
-def test_at_most_five_tokens_are_listed(pair: tuple[Path, Path], edit_json: EditJson) -> None:
-    def shift(data: dict[str, Any]) -> None:
-        data["model"]["vocab"] = {token: (i + 1) % 259 for token, i in data["model"]["vocab"].items()}
-
-    edit_json(pair[1] / "tokenizer.json", shift)
-    with pytest.raises(CheckpointError, match=r"'!' is 3 in base, 4 in x; .*; and 25\d more") as caught:
-        check(pair)
-    assert str(caught.value).count(" in base, ") == 5
+def test_other_ids_are_no_hindrance(pair: tuple[Path, Path], edit_json: EditJson) -> None:
+    edit_json(pair[1] / "tokenizer.json", rename("a", "ab"))
+    assert check(pair) == []
 
 
 @pytest.mark.parametrize("file", ["added_tokens.json", "tokenizer_config.json"])
 def test_tokens_added_beside_the_vocabulary_count(
     pair: tuple[Path, Path], edit_json: EditJson, file: str
 ) -> None:
+    before = vocabulary_digest(pair[1])
     if file == "added_tokens.json":
         (pair[1] / file).write_text('{"<tool>": 259}')
     else:
         added = {"259": {"content": "<tool>", "special": True}}
         edit_json(pair[1] / file, lambda data: data.update(added_tokens_decoder=added))
-    with pytest.raises(CheckpointError, match="'<tool>' is absent in base, 259 in x"):
-        check(pair)
+    assert read_vocabulary(pair[1]).ids["<tool>"] == 259
+    assert vocabulary_digest(pair[1]) != before == vocabulary_digest(pair[0])
+
+
+def test_settings_do_not_change_the_digest_of_the_vocabulary(
+    pair: tuple[Path, Path], edit_json: EditJson
+) -> None:
+    edit_json(pair[1] / "tokenizer_config.json", lambda data: data.update(chat_template="x", padding_side=1))
+    assert vocabulary_digest(pair[0]) == vocabulary_digest(pair[1])
 
 
 def test_merges_are_compared_in_order(pair: tuple[Path, Path], edit_json: EditJson) -> None:
     for path, merges in zip(pair, (["a b", "c d"], [["a", "b"], ["d", "c"]]), strict=True):
         edit_json(path / "tokenizer.json", lambda data, merges=merges: data["model"].update(merges=merges))
-    with pytest.raises(CheckpointError, match="number 1 is 'c d' in base, 'd c' in x"):
-        check(pair)
+    assert len(check(pair)) == 1
+    assert "other BPE merges than that of base (number 1 is 'c d' in base, 'd c' in x)" in check(pair)[0]
     edit_json(pair[1] / "tokenizer.json", lambda data: data["model"].update(merges=[["a", "b"], ["c", "d"]]))
     assert check(pair) == []
 
@@ -110,7 +100,9 @@ def test_another_normalizer_is_warned_of(pair: tuple[Path, Path], edit_json: Edi
 def test_a_checkpoint_without_tokenizer_is_accepted_with_a_warning(pair: tuple[Path, Path]) -> None:
     for file in pair[1].glob("tokenizer*"):
         file.unlink()
-    assert check(pair) == [f"{pair[1]}: expert 'x' has no tokenizer files, so its tokens are not compared"]
+    assert check(pair) == [
+        f"{pair[1]}: expert 'x' has no tokenizer files, so its tokens are taken to be the base's"
+    ]
     assert check((pair[1], pair[0])) == [f"{pair[1]}: the base has no tokenizer files"]
 
 
@@ -122,11 +114,9 @@ def test_without_one_in_the_base_the_experts_are_compared_with_each_other(
     assert check_tokenizers(open_checkpoint(str(base)), experts) == [
         f"{base}: the base has no tokenizer files"
     ]
-    edit_json(tmp_path / "b" / "tokenizer.json", rename("a", "ab"))
-    with pytest.raises(
-        CheckpointError, match="expert 'b' is not that of expert 'a': 'a' is 67 in expert 'a', absent"
-    ):
-        check_tokenizers(open_checkpoint(str(base)), experts)
+    edit_json(tmp_path / "b" / "tokenizer.json", lambda data: data.update(normalizer={"type": "NFC"}))
+    warnings = check_tokenizers(open_checkpoint(str(base)), experts)
+    assert "expert 'b' is written differently from that of expert 'a'" in warnings[1]
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"model": []}', '{"model": {"vocab": 3}}'])

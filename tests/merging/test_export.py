@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 import subprocess
@@ -17,7 +16,7 @@ from evomerge.errors import CheckpointError, InfrastructureError, UserError
 from evomerge.merging import merge, open_parents, pin
 from evomerge.recipe import load_recipe
 from tests.merging.helpers import make_recipe, read, rewrite
-from tests.models import make_family, make_tokenizer
+from tests.models import make_family
 
 TIES = {
     "method": "ties",
@@ -207,25 +206,6 @@ def test_the_output_names_whose_tokenizer_and_chat_template_go_along(family, tmp
         make_recipe(models, merge=TIES, output={"tokenizer": "a"}), tmp_path / "of_tokenizer"
     )
     assert (of_tokenizer / "chat_template.jinja").read_text() == "template of a"
-
-
-def test_models_with_other_tokens_are_refused_unless_they_only_lend_layers(family, tmp_path):
-    shutil.copytree(family["a"], tmp_path / "a")
-    make_tokenizer(tmp_path / "a")
-    file = tmp_path / "a" / "tokenizer.json"
-    data = json.loads(file.read_text())
-    vocab = data["model"]["vocab"]
-    vocab["A"], vocab["B"] = vocab["B"], vocab["A"]
-    file.write_text(json.dumps(data))
-    models = {**family, "a": tmp_path / "a"}
-    with pytest.raises(CheckpointError, match="tokenizer of expert 'a'"):
-        merge(make_recipe(models, merge=TIES), tmp_path / "out")
-    hops = [("base", 0), ("a", 1), ("base", 3)]
-    inside = make_recipe(models, path=[{"model": name, "layer": layer} for name, layer in hops])
-    assert (merge(inside, tmp_path / "inside") / "tokenizer.json").is_file()
-    at_the_end = make_recipe(models, path=[{"model": name, "layer": layer} for name, layer in hops[:2]])
-    with pytest.raises(CheckpointError, match="tokenizer of expert 'a'"):
-        merge(at_the_end, tmp_path / "end")
 
 
 def test_merging_imports_neither_transformers_nor_ray_nor_lm_eval(family, tmp_path):

@@ -90,7 +90,7 @@ def test_jobs_come_in_the_order_of_the_base_file(family):
 
     with safe_open(family["b"] / "model.safetensors", "pt") as file:
         assert [job.name for job in plan.jobs] == file.offset_keys()
-    assert plan.donor == plan.tokenizer == "b"
+    assert plan.donor == plan.vocabulary.source.owner == "b"
 
 
 def test_an_expert_without_a_value_is_named_with_tensor_and_parameter(family):
