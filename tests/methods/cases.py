@@ -52,8 +52,7 @@ class Case:
             base if keep else None,
             inputs,
             dialect=self.dialect,
-            masks=KEYS[self.inputs],
-            **{**self.values, **options},
+            **{"masks": KEYS[self.inputs], **self.values, **options},
         )
 
 
