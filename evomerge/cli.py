@@ -8,11 +8,14 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from evomerge import __version__
 from evomerge.environment import prepare
 from evomerge.errors import EvomergeError, Stopped, UserError
+
+if TYPE_CHECKING:
+    from evomerge.recipe import Recipe
 
 DESCRIPTION = """\
 Find the best model that can be merged from a handful of fine-tuned checkpoints.
@@ -108,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     sub = command("merge", _merge, "merge models by a recipe into a Hugging Face folder", _MERGE_HELP)
-    sub.add_argument("recipe", type=Path, metavar="RECIPE", help="the recipe's YAML file")
+    sub.add_argument("recipe", type=Path, metavar="RECIPE", help="a recipe, or a mergekit YAML")
     sub.add_argument("out", type=Path, metavar="OUT", help="folder to write; must not exist")
     sub.add_argument(
         "--max-shard-size", default="5GB", metavar="SIZE", help="of a weights file (default: 5GB)"
@@ -174,7 +177,11 @@ a recipe:
     merged: {method: ties, base: base, inputs: [maths, code], parameters: {weight: 0.6, density: 0.5}}
   output: {dtype: bfloat16, tokenizer: base, chat_template: base}
 
-Paths are relative to the recipe file. 'evomerge methods' lists methods and parameters.
+Paths are relative to the recipe file. 'evomerge methods' lists methods and parameters. A parameter may also be
+a list of values over depth, or entries for tensors whose name contains a text:
+  weight: {maths: [0.2, 0.8], code: [{filter: self_attn, value: 0.3}, {value: 0.6}]}
+
+A mergekit YAML is merged as mergekit would, in float32; what differs is said on stderr.
 """
 _EVALUATE_HELP = """\
 examples:
@@ -263,6 +270,7 @@ def _merge(options: argparse.Namespace) -> int:
 
     from evomerge.merging import merge
 
+    recipe = _read_recipe(options.recipe)
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     try:
@@ -272,11 +280,24 @@ def _merge(options: argparse.Namespace) -> int:
             def show(done: int, total: int) -> None:
                 display.update(task, description="merging", completed=done, total=total)
 
-            out = merge(options.recipe, options.out, max_shard_size=options.max_shard_size, progress=show)
+            out = merge(recipe, options.out, max_shard_size=options.max_shard_size, progress=show)
     except KeyboardInterrupt:
         raise Stopped(f"Stopped; {options.out} was not written.") from None
     print(out)
     return 0
+
+
+def _read_recipe(path: Path) -> Recipe:
+    """Read a recipe of either kind; say on stderr how it is understood."""
+    from evomerge.mergekit import open_recipe
+
+    reading = open_recipe(path)
+    dialects = dict.fromkeys(merge.dialect for merge in reading.recipe.merges.values())
+    if dialects:
+        print(f"dialect: {' and '.join(dialects)}", file=sys.stderr)
+    for note in reading.notes:
+        print(f"note: {note}", file=sys.stderr)
+    return reading.recipe
 
 
 def _evaluate(options: argparse.Namespace) -> int:

@@ -334,7 +334,7 @@ class Recipe(Frozen):
                     merges[hop.merge] if hop.merge else digests[str(hop.model)],
                     hop.layer,
                     float(hop.scale),
-                    *([self._layers_of_inputs(hop)] if hop.layers else []),
+                    *([self._layers_of_inputs(hop)] if set(hop.layers.values()) - {hop.layer} else []),
                 ]
                 for hop in self.path
             ]

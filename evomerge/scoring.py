@@ -11,7 +11,8 @@ from evomerge.config import Config, load_config
 from evomerge.environment import prepare
 from evomerge.errors import CandidateFailed, UserError
 from evomerge.evaluation.items import Split
-from evomerge.recipe import Merge, Output, Recipe, Source, load_recipe
+from evomerge.mergekit import open_recipe
+from evomerge.recipe import Merge, Output, Recipe, Source
 
 
 @dataclass(frozen=True)
@@ -141,11 +142,11 @@ def recipe_of(text: str) -> Recipe:
     """Return the recipe of a recipe file, of a run directory, or of a single model."""
     path = Path(text).expanduser()
     if path.is_file():
-        return load_recipe(path)
+        return open_recipe(path).recipe
     if (path / "run.db").exists():
         if not (path / "recipe.yaml").exists():
             raise UserError(f"{path}: this run has no recipe yet; its first generation is not complete")
-        return load_recipe(path / "recipe.yaml")
+        return open_recipe(path / "recipe.yaml").recipe
     source = str(path.resolve()) if path.exists() else text
     return Recipe(
         models={"model": Source(source=source)},

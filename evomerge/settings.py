@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
-from pydantic import PlainValidator
+from pydantic import PlainSerializer, PlainValidator
 
 from evomerge.errors import nearest
 from evomerge.schema import Frozen, shown
@@ -45,7 +45,16 @@ def read_value(data: Any) -> Setting | dict[str, Setting]:
     return {name: read_setting(item, f"{name}: ") for name, item in data.items()}
 
 
-Value = Annotated[Setting | dict[str, Setting], PlainValidator(read_value)]
+def plain(value: Setting | dict[str, Setting]) -> Any:
+    """Return a value as plain data, the way it is written in a file."""
+    if isinstance(value, dict):
+        return {name: plain(setting) for name, setting in value.items()}
+    if isinstance(value, tuple):
+        return [_entry(entry) if isinstance(entry, Filtered) else entry for entry in value]
+    return value
+
+
+Value = Annotated[Setting | dict[str, Setting], PlainValidator(read_value), PlainSerializer(plain)]
 """A parameter's value: one setting for all, or one for each input by name."""
 
 
@@ -145,6 +154,11 @@ def _filtered(data: Any, place: str) -> Filtered:
     if isinstance(value, tuple) and isinstance(value[0], Filtered):
         raise ValueError(f"{place}{shown(data)} is not accepted: filters cannot be nested")
     return Filtered(filter=None if pattern in (None, "", "*") else pattern, value=value)
+
+
+def _entry(entry: Filtered) -> dict[str, Any]:
+    value = list(entry.value) if isinstance(entry.value, tuple) else entry.value
+    return {"value": value} if entry.filter is None else {"filter": entry.filter, "value": value}
 
 
 def _scalar(data: Any, place: str) -> Scalar:

@@ -16,6 +16,7 @@ from evomerge.errors import UserError
 from evomerge.methods import get_method
 from evomerge.recipe import Hop, Merge, Recipe, Rule, Source, load_recipe
 from evomerge.schema import parse_yaml
+from evomerge.settings import Filtered
 
 A, B, C, D = ("a" * 64, "b" * 64, "c" * 64, "d" * 64)
 TIES: dict[str, Any] = {
@@ -208,10 +209,26 @@ def test_yaml_and_back_keeps_the_hash(
                 base="b",
                 inputs=("x",),
                 parameters={"weight": {"x": weights[0]}, "density": density},
-                rules=(Rule(layers=("pre", layer), parameters={"weight": weights[1]}), Rule(roles=("norm",))),
+                rules=(
+                    Rule(layers=("pre", layer), parameters={"weight": weights[1]}),
+                    Rule(roles=("norm",)),
+                    Rule(
+                        parameters={
+                            "weight": {"x": (*weights, 0.0)},
+                            "density": (
+                                Filtered(filter="1e5", value=(density, 1.0)),
+                                Filtered(value=density),
+                            ),
+                        }
+                    ),
+                ),
             )
         },
-        path=(Hop(merge="m", layer=layer, scale=scale), Hop(model="b", layer=0)),
+        path=(
+            Hop(merge="m", layer=layer, scale=scale),
+            Hop(merge="m", layer=0, layers={"x": layer}),
+            Hop(model="b", layer=0),
+        ),
     )
     back = Recipe.from_dict(parse_yaml(recipe.to_yaml(), None))
     assert back == recipe

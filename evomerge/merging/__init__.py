@@ -22,11 +22,12 @@ from evomerge.checkpoints import (
 )
 from evomerge.environment import prepare
 from evomerge.errors import CandidateFailed, CheckpointError, UserError
+from evomerge.mergekit import open_recipe
 from evomerge.merging.execute import NonFinite, Progress, execute
 from evomerge.merging.plan import MergePlan, TensorJob, plan_merge
 from evomerge.merging.sinks import FileSink, HashSink, LiveSink, Sink
 from evomerge.merging.vocabulary import donor_of
-from evomerge.recipe import Recipe, Source, load_recipe
+from evomerge.recipe import Recipe, Source
 
 if TYPE_CHECKING:
     from evomerge.merging.live import Materializer, live_model
@@ -80,7 +81,7 @@ def merge(
     the same bytes again. Memory stays bounded by a few chunks per thread.
 
     Args:
-        recipe: a recipe, or the path of its YAML file.
+        recipe: a recipe, or the path of its YAML file; a mergekit YAML is read in mergekit's dialect.
         out: a folder that does not exist yet or is empty.
         max_shard_size: largest safetensors file, in bytes or as ``5GB``, ``500MB``, ``2GiB``.
         progress: called with (bytes written, bytes in all).
@@ -94,7 +95,11 @@ def merge(
             is in use.
         CheckpointError: a model cannot be used, or the merged weights are not finite.
     """
-    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe))
+    if not isinstance(recipe, Recipe):
+        reading = open_recipe(recipe)
+        recipe = reading.recipe
+        for note in reading.notes:
+            _log.warning("%s", note)
     prepare(offline=not recipe.uses_hub)
     checkpoints = open_parents(recipe)
     return write_merge(

@@ -63,11 +63,13 @@ def ends(recipe: Recipe) -> tuple[str, str]:
 def head_of(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> str | None:
     """Return None where the output's head is its embedding, else the head's name.
 
-    It is tied where both come from one source all of whose models are tied, byte for byte.
+    It is tied where both come from one source all of whose models are tied, byte for byte. Two merges that say
+    the same are one source.
     """
     first, last = ends(recipe)
     models = [checkpoints[name] for name in readers(recipe, last)]
-    if first == last and any(model.tied for model in models) and all(m.repeats_embedding for m in models):
+    same = first == last or (first in recipe.merges and recipe.merges[first] == recipe.merges.get(last))
+    if same and any(model.tied for model in models) and all(m.repeats_embedding for m in models):
         return None
     heads = (output_head(model.tensors) for model in models if not model.tied)
     return next((head for head in heads if head is not None), HEAD)
