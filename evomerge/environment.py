@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
@@ -43,3 +44,10 @@ def prepare(*, offline: bool = True, threads: int | None = 1) -> None:
     if threads is not None:
         for name in THREAD_VARIABLES:
             os.environ.setdefault(name, str(threads))
+
+
+def cache_folder() -> Path:
+    """Return where what can be made again is kept: ``$EVOMERGE_CACHE``, else the user's cache folder."""
+    if own := os.environ.get("EVOMERGE_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "evomerge"

@@ -18,6 +18,7 @@ import torch
 
 from evomerge.checkpoints.header import DTYPE_NAMES, TensorInfo
 from evomerge.checkpoints.open_files import OpenFiles
+from evomerge.environment import cache_folder
 from evomerge.errors import CheckpointError
 
 _CHUNK = 4 << 20
@@ -94,13 +95,6 @@ def _scan(info: TensorInfo, files: OpenFiles, buffers: threading.local) -> tuple
             infs += infinite
             nans += len(special) - infinite
     return digest.hexdigest(), nans, infs
-
-
-def cache_folder() -> Path:
-    """Return where hashes are remembered: ``$EVOMERGE_CACHE``, else the user's cache folder."""
-    if own := os.environ.get("EVOMERGE_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "evomerge"
 
 
 def cached_content_hash(

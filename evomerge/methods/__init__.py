@@ -14,7 +14,7 @@ from evomerge.methods import (
     ties,
 )
 from evomerge.methods.cache import TensorCache
-from evomerge.methods.chunks import merge_chunks
+from evomerge.methods.chunks import TensorMerge, merge_chunks
 from evomerge.methods.describe import methods_table
 from evomerge.methods.masks import MaskKey
 from evomerge.methods.registry import MergeMethod, Parameter, all_methods, get_method
@@ -26,6 +26,7 @@ __all__ = [
     "Parameter",
     "Statistic",
     "TensorCache",
+    "TensorMerge",
     "all_methods",
     "dare",
     "fisher",

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from evomerge.methods.kernels import DeltaCombination, Sparse, Values
 from evomerge.methods.masks import UInt32, hash_v1, keep_mask
+from evomerge.methods.native import Mask
 from evomerge.methods.norms import RESCALE, rescaled
 from evomerge.methods.operands import STRIP, Operands
 from evomerge.methods.registry import MergeMethod, Parameter, register
@@ -79,13 +80,15 @@ def mask(operands: Operands, values: Values) -> Sparse:
         values = delta.numpy()
         np.multiply(values, keep_mask(hashed(k, start, n), densities[k], kept[:n]), out=values)
 
-    return Sparse(tuple(1.0 if d > 0 else 0.0 for d in densities), keep)
+    key = operands.masks
+    rules = None if key is None else tuple(Mask(key, k, density) for k, density in enumerate(densities))
+    return Sparse(tuple(1.0 if d > 0 else 0.0 for d in densities), keep, rules)
 
 
 def drop(operands: Operands, values: Values) -> Sparse:
     """τ̂_k = m_k ∘ τ_k / density_k, whose expectation is τ_k."""
     scales = tuple(1 / d if d > 0 else 0.0 for d in values["density"])
-    return Sparse(scales, mask(operands, values).keep)
+    return replace(mask(operands, values), scales=scales)
 
 
 register(

@@ -3,19 +3,21 @@
 A method's file states its formula: how coefficients follow from parameters (and from a Gram matrix), how
 deltas are made sparse, how they are combined. The kernels here run it: whole-tensor reductions first
 (`prepare`; what does not depend on the candidate comes from the cache), then one chunk after another
-(`apply`). Elementwise arithmetic is float32 (float64 if an operand is) as separate multiplications and
-additions, so that no result depends on chunk size, thread count or fused instructions.
+(`apply`). A `FusedKernel` can also be computed by one C function, with the same bits. Elementwise arithmetic is
+float32 (float64 if an operand is) as separate multiplications and additions, so that no result depends on chunk
+size, thread count or fused instructions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from evomerge.methods.native import BASE, Fused, Rule, Term
 from evomerge.methods.operands import Chunk, Operands
 from evomerge.methods.reductions import Basis, Gram, gram
 
@@ -33,6 +35,14 @@ class Kernel(Protocol):
         """Write the merged elements of one chunk to `out`, ``(m,)`` in the arithmetic's dtype."""
 
 
+@runtime_checkable
+class FusedKernel(Protocol):
+    """A kernel that a C function computes as well."""
+
+    def fused(self, plan: Any) -> Fused | None:
+        """Return what to compute for a plan from `prepare`; None: `apply` has to do it."""
+
+
 @dataclass(frozen=True)
 class Sparse:
     """How the deltas of one tensor are made sparse.
@@ -41,10 +51,12 @@ class Sparse:
         scales: factor of the kept entries of each input; 0 means that nothing of that input is kept.
         keep: ``keep(k, delta, start)`` zeroes, in place, what is not kept of input k's delta, a chunk that
             begins at element `start`.
+        rules: the same as data, one for each input; None where the C kernels have no such rule.
     """
 
     scales: tuple[float, ...]
     keep: Callable[[int, Tensor, int], None]
+    rules: tuple[Rule, ...] | None = None
 
 
 Sparsify = Callable[[Operands, Values], Sparse]
@@ -52,7 +64,8 @@ Sparsify = Callable[[Operands, Values], Sparse]
 
 def dense(operands: Operands, values: Values) -> Sparse:
     """Keep every delta as it is."""
-    return Sparse((1.0,) * len(operands.inputs), lambda k, delta, start: None)
+    count = len(operands.inputs)
+    return Sparse((1.0,) * count, lambda k, delta, start: None, (None,) * count)
 
 
 @dataclass(frozen=True)
@@ -73,6 +86,9 @@ class LinearCombination:
     def apply(self, plan: Sequence[float], chunk: Chunk, out: Tensor) -> None:
         combine(plan, chunk, out)
 
+    def fused(self, plan: Sequence[float]) -> Fused:
+        return fused_combination(plan)
+
 
 @dataclass(frozen=True)
 class GramCombination:
@@ -92,6 +108,14 @@ class GramCombination:
 
     def apply(self, plan: Sequence[float], chunk: Chunk, out: Tensor) -> None:
         combine(plan, chunk, out)
+
+    def fused(self, plan: Sequence[float]) -> Fused:
+        return fused_combination(plan)
+
+
+def fused_combination(coefficients: Sequence[float]) -> Fused:
+    """Return what `combine` computes."""
+    return Fused("combine", tuple(Term(k, c) for k, c in enumerate(coefficients) if c != 0))
 
 
 def combine(coefficients: Sequence[float], chunk: Chunk, out: Tensor) -> None:
@@ -144,6 +168,16 @@ class DeltaCombination:
             else:
                 out.add_(delta.mul_(c))
         out.add_(chunk.base())
+
+    def fused(self, plan: tuple[Sparse, list[tuple[int, float]]]) -> Fused | None:
+        sparse, terms = plan
+        if not terms:
+            return Fused("combine", (Term(BASE),))
+        if self.sparsify is dense and len(terms) == 1 and terms[0][1] == 1:
+            return Fused("combine", (Term(terms[0][0]),))
+        if sparse.rules is None:
+            return None
+        return Fused("deltas", (Term(BASE), *(Term(k, c, sparse.rules[k]) for k, c in terms)))
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ def hash_v1(seed: int, expert: str, tensor: str, start: int, out: UInt32) -> UIn
     while done < out.size:
         hi, lo = divmod(start + done, 1 << 32)
         strip = out[done : done + min(_STRIP, (1 << 32) - lo)]
-        _mix(lo, _key(seed, expert, tensor, hi), strip, shifted[: strip.size])
+        _mix(lo, key_words(seed, expert, tensor, hi), strip, shifted[: strip.size])
         done += strip.size
     return out
 
@@ -77,25 +77,31 @@ def keep_mask(hashes: UInt32, density: float, out: Bool) -> Bool:
         density: in [0, 1].
         out: ``(n,)`` bool, overwritten.
     """
-    limit = math.ceil(density * 2.0**32)
+    limit = limit_of(density)
     if limit >= 1 << 32:
         out.fill(True)
         return out
     return np.less(hashes, np.uint32(limit), out=out)
 
 
-def _key(seed: int, expert: str, tensor: str, hi: int) -> tuple[np.uint32, np.uint32]:
+def limit_of(density: float) -> int:
+    """Return the hash from which on an element is dropped; 2³² or more: none is."""
+    return math.ceil(density * 2.0**32)
+
+
+def key_words(seed: int, expert: str, tensor: str, hi: int) -> tuple[int, int]:
+    """Return the two key words of `hash_v1` for the elements whose index has the upper half `hi`."""
     text = "\x1f".join(["hash_v1", str(seed), expert, tensor, str(hi)])
-    words = np.frombuffer(hashlib.sha256(text.encode()).digest()[:8], dtype="<u4")
-    return np.uint32(words[0]), np.uint32(words[1])
+    digest = hashlib.sha256(text.encode()).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
 
 
-def _mix(lo: int, key: tuple[np.uint32, np.uint32], x: UInt32, shifted: UInt32) -> None:
+def _mix(lo: int, key: tuple[int, int], x: UInt32, shifted: UInt32) -> None:
     np.add(_COUNTER[: x.size], np.uint32(lo), out=x)
-    np.bitwise_xor(x, key[0], out=x)
+    np.bitwise_xor(x, np.uint32(key[0]), out=x)
     _xorshift(x, 17, shifted)
     np.multiply(x, np.uint32(0xED5AD4BB), out=x)
-    np.bitwise_xor(x, key[1], out=x)
+    np.bitwise_xor(x, np.uint32(key[1]), out=x)
     _xorshift(x, 11, shifted)
     np.multiply(x, np.uint32(0xAC4C1B51), out=x)
     _xorshift(x, 15, shifted)

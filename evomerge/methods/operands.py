@@ -16,6 +16,9 @@ T = TypeVar("T")
 STRIP = 1 << 17
 """Elements that kernels work on at a time: enough to hide the cost of a call, few enough to stay in cache."""
 
+DEVICE_STRIP = 1 << 24
+"""The same for a GPU, where launching a kernel costs more than its work on a small strip."""
+
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -29,6 +32,7 @@ class Operands:
         shape: of the tensor before it was flattened.
         statistics: one per input (`evomerge.methods.statistics`), or none at all.
         dtype: of the arithmetic: float64 if any operand is, else float32.
+        device: where the operands are and the arithmetic is done.
         masks: what random masks depend on, or None.
 
     Raises:
@@ -60,6 +64,7 @@ class Operands:
         self.base = None if base is None else base.detach().reshape(-1)
         self.inputs = tuple(tensor.detach().reshape(-1) for tensor in inputs)
         self.size = self.inputs[0].numel()
+        self.device = everything[0].device
         self.shape = tuple(inputs[0].shape if shape is None else shape)
         self.statistics = None if statistics is None else tuple(statistics)
         self.dtype = torch.float64 if any(t.dtype == torch.float64 for t in everything) else torch.float32
@@ -68,12 +73,23 @@ class Operands:
         self._key = key
         self._rows: dict[str, Tensor] = {}
 
+    def tensor(self, k: int) -> Tensor:
+        """Return input k, or the base for −1, flat and in its own dtype."""
+        found = self.base if k < 0 else self.inputs[k]
+        assert found is not None, "the method is declared to need a base"
+        return found
+
     def row(self, name: str, length: int) -> Tensor:
         """Return the reused buffer of that name, ``(length,)``, with arbitrary content."""
         row = self._rows.get(name)
         if row is None or row.numel() < length:
-            row = self._rows[name] = torch.empty(length, dtype=self.dtype)
+            row = self._rows[name] = torch.empty(length, dtype=self.dtype, device=self.device)
         return row[:length]
+
+    @property
+    def strip(self) -> int:
+        """Elements to work on at a time."""
+        return STRIP if self.device.type == "cpu" else DEVICE_STRIP
 
     def chunks(self, size: int, start: int = 0, stop: int | None = None) -> Iterator[Chunk]:
         """Cut the elements ``start:stop`` into chunks of `size` elements; the last may be shorter."""

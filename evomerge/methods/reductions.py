@@ -7,20 +7,25 @@ integers. Neither depends on chunk size, thread count or the processor's vector 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from evomerge.methods.operands import Operands
+from evomerge.methods import native
+from evomerge.methods.operands import STRIP, Operands
+
+if TYPE_CHECKING:
+    from evomerge.methods.kernels import Sparse
 
 Gram = npt.NDArray[np.float64]
 Basis = Literal["inputs", "deltas", "steps"]
 
-LANES = 1 << 15
+LANES = 1 << 13
 _BLOCK = 1 << 18
 _SHORT = 1 << 15
 _SAMPLE = 1 << 16
@@ -29,7 +34,7 @@ _SAMPLE = 1 << 16
 def gram(operands: Operands, basis: Basis) -> Gram:
     """Return the inner products of K vectors, ``(K, K)`` float64.
 
-    Element i belongs to lane i mod 2¹⁵; each lane adds its products in order of i, and the lanes are then
+    Element i belongs to lane i mod 2¹³; each lane adds its products in order of i, and the lanes are then
     added pairwise in a binary tree.
 
     Args:
@@ -39,22 +44,53 @@ def gram(operands: Operands, basis: Basis) -> Gram:
     """
     count = len(operands.inputs)
     pairs = [(i, j) for i in range(count) for j in range(i, count)]
-    sums = torch.zeros(len(pairs), LANES, dtype=torch.float64)
-    rows = torch.empty(count + 2, LANES, dtype=torch.float64)
-    for start in range(0, operands.size, LANES):
-        stop = min(start + LANES, operands.size)
-        vectors = _vectors(operands, basis, start, stop, rows)
-        product = rows[count + 1, : stop - start]
-        for lane, (i, j) in zip(sums, pairs, strict=True):
-            lane[: stop - start].add_(torch.mul(vectors[i], vectors[j], out=product))
+    sums = torch.zeros(len(pairs), LANES, dtype=torch.float64, device=operands.device)
+    if native.usable(operands) and count <= native.MOST_VECTORS:
+        minus = native.BASE if basis == "deltas" else None
+        for start in range(0, operands.size, STRIP):
+            stop = min(start + STRIP, operands.size)
+            native.add_products(operands, range(count), minus, basis == "steps", start, stop, sums)
+    else:
+        _add_products(operands, basis, pairs, sums)
+    matrix = np.empty((count, count))
+    for value, (i, j) in zip(_tree(sums).tolist(), pairs, strict=True):
+        matrix[i, j] = matrix[j, i] = value
+    return matrix
+
+
+def absolute_sum(operands: Operands, k: int, sparse: Sparse | None = None) -> float:
+    """Return Σ |τ̂_k| over the lanes of `gram`, of the delta as it is or of what `sparse` keeps of it."""
+    sums = torch.zeros(LANES, dtype=torch.float64, device=operands.device)
+    rule = None if sparse is None or sparse.rules is None else sparse.rules[k]
+    if native.usable(operands) and (sparse is None or sparse.rules is not None):
+        for start in range(0, operands.size, STRIP):
+            native.add_magnitudes(operands, k, rule, start, min(start + STRIP, operands.size), sums)
+        return float(_tree(sums))
+    for chunk in operands.fork().chunks(LANES):
+        delta = chunk.delta(k)
+        if sparse is not None:
+            sparse.keep(k, delta, chunk.start)
+        sums[: delta.numel()].add_(delta.abs_())
+    return float(_tree(sums))
+
+
+def _tree(sums: Tensor) -> Tensor:
+    """Add the lanes, ``(…, LANES)``, pairwise in a binary tree."""
     width = LANES
     while width > 1:
         width //= 2
-        sums = sums[:, :width] + sums[:, width:]
-    matrix = np.empty((count, count))
-    for value, (i, j) in zip(sums[:, 0].tolist(), pairs, strict=True):
-        matrix[i, j] = matrix[j, i] = value
-    return matrix
+        sums = sums[..., :width] + sums[..., width:]
+    return sums[..., 0]
+
+
+def _add_products(operands: Operands, basis: Basis, pairs: Sequence[tuple[int, int]], sums: Tensor) -> None:
+    rows = torch.empty(len(operands.inputs) + 2, LANES, dtype=torch.float64, device=operands.device)
+    for start in range(0, operands.size, LANES):
+        stop = min(start + LANES, operands.size)
+        vectors = _vectors(operands, basis, start, stop, rows)
+        product = rows[-1, : stop - start]
+        for lane, (i, j) in zip(sums, pairs, strict=True):
+            lane[: stop - start].add_(torch.mul(vectors[i], vectors[j], out=product))
 
 
 def _vectors(operands: Operands, basis: Basis, start: int, stop: int, rows: Tensor) -> list[Tensor]:
@@ -122,7 +158,7 @@ def list_magnitudes(operands: Operands, k: int) -> Magnitudes | None:
     )
     counts = np.empty(0, dtype=np.int64)
     for chunk in operands.chunks(_BLOCK):
-        ordered = np.sort(chunk.delta(k).abs_().numpy())
+        ordered = np.sort(chunk.delta(k).abs_().cpu().numpy())
         first = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
         if first.size > max(ordered.size // 2, _SHORT):
             return None
@@ -144,23 +180,36 @@ def select_near(operands: Operands, k: int, rank: int) -> float | None:
     and collects what lies inside.
     """
     n = operands.size
-    sample = operands.sample(k, max(1, n // _SAMPLE)).abs_().numpy()
+    sample = operands.sample(k, max(1, n // _SAMPLE)).abs_().cpu().numpy()
     sample.sort()
     center, spread = sample.size * (1 - rank / n), 4 * math.sqrt(rank * (1 - rank / n) / n * sample.size) + 2
     first, last = math.floor(center - spread), math.ceil(center + spread)
     low = sample[first] if first >= 0 else 0.0
     high = sample[last] if last < sample.size else math.inf
     larger, inside, most = 0, [], max(n // 8, _SHORT)
-    for chunk in operands.chunks(_BLOCK):
-        magnitudes = chunk.delta(k).abs_().numpy()
-        larger += int(np.count_nonzero(magnitudes > high))
-        inside.append(magnitudes[(magnitudes >= low) & (magnitudes <= high)])
-        most -= inside[-1].size
+    for start in range(0, n, STRIP):
+        above, between = _between(operands, k, start, min(start + STRIP, n), float(low), float(high))
+        larger += above
+        inside.append(between)
+        most -= between.size
         if larger >= rank or most < 0:
             return None
     collected = np.concatenate(inside)
     at = collected.size - (rank - larger)
     return float(np.partition(collected, at)[at]) if at >= 0 else None
+
+
+def _between(
+    operands: Operands, k: int, start: int, stop: int, low: float, high: float
+) -> tuple[int, npt.NDArray[Any]]:
+    """Count |θ_k − θ_0| above `high` among the elements ``start:stop``, and return those in [low, high]."""
+    if native.usable(operands):
+        room = operands.row("room", stop - start).numpy()
+        larger, inside = native.collect_between(operands, k, start, stop, low, high, room)
+        return larger, room[:inside].copy()
+    magnitudes = next(operands.chunks(stop - start, start, stop)).delta(k).abs_().cpu().numpy()
+    between = magnitudes[(magnitudes >= low) & (magnitudes <= high)]
+    return int(np.count_nonzero(magnitudes > high)), between
 
 
 def select(operands: Operands, k: int, rank: int) -> float:
@@ -187,8 +236,14 @@ def _histogram(operands: Operands, k: int, prefix: int, shift: int) -> npt.NDArr
     """
     bits = 64 if operands.dtype == torch.float64 else 32
     total = np.zeros(1 << 16, dtype=np.int64)
+    if native.usable(operands):
+        for start in range(0, operands.size, STRIP):
+            stop = min(start + STRIP, operands.size)
+            native.count_digits(operands, k, start, stop, prefix, shift, total)
+        occurring = np.flatnonzero(total)
+        return np.stack([occurring, total[occurring]])
     for chunk in operands.chunks(_BLOCK):
-        keys: npt.NDArray[Any] = chunk.delta(k).abs_().numpy().view(f"u{bits // 8}")
+        keys: npt.NDArray[Any] = chunk.delta(k).abs_().cpu().numpy().view(f"u{bits // 8}")
         digits = keys >> keys.dtype.type(shift)
         if shift < bits - 16:
             digits = digits[digits >> keys.dtype.type(16) == prefix] & keys.dtype.type(0xFFFF)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from evomerge.methods.kernels import Sparse, Sparsify, Values
+from evomerge.methods.native import Trim
 from evomerge.methods.norms import RESCALE, rescaled
 from evomerge.methods.operands import STRIP, Chunk, Operands
 from evomerge.methods.reductions import kth_magnitude
@@ -71,13 +72,14 @@ def trim(operands: Operands, values: Values) -> Sparse:
         if below[k] >= 0:
             torch.hardshrink(delta, below[k], out=delta)
 
-    return Sparse((1.0,) * len(operands.inputs), keep)
+    trims = tuple(Trim(low) if low >= 0 else None for low in below)
+    return Sparse((1.0,) * len(operands.inputs), keep, trims)
 
 
 def trim_or_drop(operands: Operands, values: Values) -> Sparse:
     """Step 1 of dialect mergekit: as `trim`, but density 0 keeps nothing."""
     scales = tuple(float(density > 0) for density in values["density"])
-    return Sparse(scales, trim(operands, values).keep)
+    return replace(trim(operands, values), scales=scales)
 
 
 class Term(NamedTuple):

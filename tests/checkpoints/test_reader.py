@@ -566,7 +566,7 @@ class TestCache:
         assert len(open_checkpoint(str(model)).sha256) == 64
 
     def test_the_folder_follows_the_environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from evomerge.checkpoints.content import cache_folder
+        from evomerge.environment import cache_folder
 
         monkeypatch.setenv("EVOMERGE_CACHE", "/own")
         monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")

@@ -1,0 +1,278 @@
+"""Fused kernels in C: what the torch operations of the methods do, in one pass over memory, bit for bit.
+
+They take float32, bfloat16 and float16 operands on the CPU; for all else, and on machines without a C compiler,
+the plain torch operations run.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from evomerge.methods.masks import MaskKey, key_words, limit_of
+from evomerge.methods.native.loader import library
+
+if TYPE_CHECKING:
+    from evomerge.methods.operands import Operands
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+BASE = -1
+"""Stands for the base where the others are input numbers."""
+
+MOST_VECTORS = 16
+_DENSE, _TRIM, _MASK = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Trim:
+    """Entries whose magnitude is at most `low` become 0."""
+
+    low: float
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Entry i of the expert is kept where its hash lies under the density."""
+
+    key: MaskKey
+    expert: int
+    density: float
+
+
+Rule = Trim | Mask | None
+"""How one operand's delta is made sparse; None: it is not."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """One operand of a fused kernel: the input's number or `BASE`, its coefficient, its sparsity."""
+
+    operand: int
+    coefficient: float = 1.0
+    rule: Rule = None
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A merge that one C function computes.
+
+    Attributes:
+        function: ``combine``: Σ c_k θ_k; ``deltas``: θ_0 + Σ c_k τ̂_k, the first term being the base;
+            ``disjoint``: TIES' election and disjoint merge of the c_k τ̂_k, the first term being the base.
+        terms: the operands in order.
+        options: integers and floats that the function takes after the terms.
+    """
+
+    function: Literal["combine", "deltas", "disjoint"]
+    terms: tuple[Term, ...]
+    options: tuple[int | float, ...] = ()
+
+
+class _Operand(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("dtype", ctypes.c_int32),
+        ("sparsity", ctypes.c_int32),
+        ("coefficient", ctypes.c_float),
+        ("low", ctypes.c_float),
+        ("key0", ctypes.c_uint32),
+        ("key1", ctypes.c_uint32),
+        ("limit", ctypes.c_uint64),
+    )
+
+
+def usable(operands: Operands) -> bool:
+    """Whether the C kernels can work on these operands."""
+    return operands.device.type == "cpu" and operands.dtype == torch.float32 and library() is not None
+
+
+class Runner:
+    """A fused merge bound to one tensor's operands; not to be shared by threads.
+
+    Args:
+        fused: what to compute.
+        operands: for which `usable` holds.
+        factor: multiplied in before the rounding.
+    """
+
+    def __init__(self, fused: Fused, operands: Operands, factor: float = 1.0) -> None:
+        loaded = library()
+        assert loaded is not None, "the caller has asked whether the kernels are there"
+        self._function = getattr(loaded, f"evomerge_{fused.function}")
+        self._terms = _Terms(fused.terms, operands)
+        self._options = tuple(
+            ctypes.c_float(v) if isinstance(v, float) else ctypes.c_int32(v) for v in fused.options
+        )
+        self._masked = fused.function != "combine"
+        self._factor = ctypes.c_float(factor)
+
+    def __call__(self, start: int, stop: int, out: Tensor) -> bool:
+        """Write the elements ``start:stop`` to `out`, rounded to its dtype; returns whether all are finite."""
+        if start >> 32 != (stop - 1) >> 32:
+            middle = (stop - 1) >> 32 << 32
+            first = self(start, middle, out[: middle - start])
+            return self(middle, stop, out[middle - start :]) and first
+        self._terms.read(start, stop)
+        bad = self._function(
+            self._terms.array,
+            ctypes.c_int32(len(self._terms.array)),
+            *self._options,
+            *([ctypes.c_uint32(start & 0xFFFFFFFF)] if self._masked else []),
+            ctypes.c_int64(stop - start),
+            self._factor,
+            ctypes.c_int32(DTYPES[out.dtype]),
+            ctypes.c_void_p(out.data_ptr()),
+        )
+        return not bad
+
+
+class _Terms:
+    """The C view of some operands; `read` points it to a range of elements."""
+
+    def __init__(self, terms: Sequence[Term], operands: Operands) -> None:
+        self.array = (_Operand * len(terms))()
+        self._operands = operands
+        self._terms = terms
+        self._parts: list[Tensor] = []
+        self._high = -1
+        for entry, term in zip(self.array, terms, strict=True):
+            entry.dtype = DTYPES[operands.tensor(term.operand).dtype]
+            entry.coefficient = term.coefficient
+            if isinstance(term.rule, Trim):
+                entry.sparsity, entry.low = _TRIM, term.rule.low
+            elif isinstance(term.rule, Mask):
+                entry.sparsity, entry.limit = _MASK, limit_of(term.rule.density)
+
+    def read(self, start: int, stop: int) -> None:
+        self._parts = [self._operands.tensor(term.operand)[start:stop] for term in self._terms]
+        for entry, part in zip(self.array, self._parts, strict=True):
+            entry.data = part.data_ptr()
+        if start >> 32 != self._high:
+            self._high = start >> 32
+            for entry, term in zip(self.array, self._terms, strict=True):
+                if isinstance(term.rule, Mask):
+                    rule = term.rule
+                    entry.key0, entry.key1 = key_words(
+                        rule.key.seed, rule.key.experts[rule.expert], rule.key.tensor, self._high
+                    )
+
+
+def narrow(source: Tensor, out: Tensor) -> bool:
+    """Round float32 values to `out`'s dtype, ties to even; returns whether all results are finite.
+
+    Both are flat and contiguous; the bits are those of ``out.copy_(source)``.
+    """
+    loaded = library()
+    if loaded is None or source.dtype != torch.float32 or out.dtype not in DTYPES or out.device.type != "cpu":
+        out.copy_(source)
+        return bool(torch.isfinite(out.sum())) or bool(torch.isfinite(out).all())
+    bad = loaded.evomerge_narrow(
+        ctypes.c_void_p(source.data_ptr()),
+        ctypes.c_int64(source.numel()),
+        ctypes.c_int32(DTYPES[out.dtype]),
+        ctypes.c_void_p(out.data_ptr()),
+    )
+    return not bad
+
+
+def add_products(
+    operands: Operands,
+    vectors: Sequence[int],
+    minus: int | None,
+    steps: bool,
+    start: int,
+    stop: int,
+    sums: Tensor,
+) -> None:
+    """Add the products of the vectors' elements ``start:stop`` to lanes; see `reductions.gram`."""
+    terms = _Terms([Term(k) for k in vectors], operands)
+    terms.read(start, stop)
+    origin = None
+    if minus is not None:
+        origin = _Terms([Term(minus)], operands)
+        origin.read(start, stop)
+    lanes = sums.shape[1]
+    _loaded().evomerge_gram(
+        terms.array,
+        ctypes.c_int32(len(vectors)),
+        None if origin is None else origin.array,
+        ctypes.c_int32(steps),
+        ctypes.c_int64(stop - start),
+        ctypes.c_int64(start % lanes),
+        ctypes.c_int64(lanes),
+        ctypes.c_void_p(sums.data_ptr()),
+    )
+
+
+def add_magnitudes(operands: Operands, k: int, rule: Rule, start: int, stop: int, sums: Tensor) -> None:
+    """Add |τ̂_k| of the elements ``start:stop`` to lanes; see `reductions.absolute_sum`."""
+    vector = _Terms([Term(k, rule=rule)], operands)
+    base = _Terms([Term(BASE)], operands)
+    vector.read(start, stop)
+    base.read(start, stop)
+    lanes = sums.shape[0]
+    _loaded().evomerge_absolute(
+        vector.array,
+        base.array,
+        ctypes.c_uint32(start & 0xFFFFFFFF),
+        ctypes.c_int64(stop - start),
+        ctypes.c_int64(start % lanes),
+        ctypes.c_int64(lanes),
+        ctypes.c_void_p(sums.data_ptr()),
+    )
+
+
+def collect_between(
+    operands: Operands, k: int, start: int, stop: int, low: float, high: float, room: npt.NDArray[np.float32]
+) -> tuple[int, int]:
+    """Count |τ_k| above `high` and put those in [low, high] into `room`: (larger, inside).
+
+    More than ``room.size`` inside means that the room was too small.
+    """
+    vector, base = _Terms([Term(k)], operands), _Terms([Term(BASE)], operands)
+    vector.read(start, stop)
+    base.read(start, stop)
+    larger = ctypes.c_int64(0)
+    function = _loaded().evomerge_bracket
+    function.restype = ctypes.c_int64
+    inside = function(
+        vector.array,
+        base.array,
+        ctypes.c_int64(stop - start),
+        ctypes.c_float(low),
+        ctypes.c_float(high),
+        ctypes.c_int64(room.size),
+        room.ctypes.data_as(ctypes.c_void_p),
+        ctypes.byref(larger),
+    )
+    return larger.value, int(inside)
+
+
+def count_digits(
+    operands: Operands, k: int, start: int, stop: int, prefix: int, shift: int, counts: npt.NDArray[np.int64]
+) -> None:
+    """Count bits shift … shift + 15 of |τ_k|; see `reductions.select`."""
+    vector, base = _Terms([Term(k)], operands), _Terms([Term(BASE)], operands)
+    vector.read(start, stop)
+    base.read(start, stop)
+    _loaded().evomerge_digits(
+        vector.array,
+        base.array,
+        ctypes.c_int64(stop - start),
+        ctypes.c_uint32(prefix),
+        ctypes.c_int32(shift),
+        counts.ctypes.data_as(ctypes.c_void_p),
+    )
+
+
+def _loaded() -> Any:
+    loaded = library()
+    assert loaded is not None, "the caller has asked whether the kernels are there"
+    return loaded

@@ -1,0 +1,325 @@
+/* The elementwise kernels, fused: each operand is read once, in its own number format, and the result is
+ * written once. They do the same separate float32 multiplications, additions and comparisons in the same order
+ * as the torch operations in `evomerge/methods`, so the bits are the same; compile without contraction into
+ * fused multiply-adds (-ffp-contract=off).
+ *
+ * Work goes block by block through arrays on the stack that stay in the first-level cache.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define BLOCK 256 /* 1 KiB a row: what a merge needs stays in the first-level cache */
+
+enum dtype { F32 = 0, BF16 = 1, F16 = 2 };
+enum sparsity { DENSE = 0, TRIM = 1, MASK = 2 };
+
+typedef struct {
+    const void *data;   /* first element */
+    int32_t dtype;      /* enum dtype */
+    int32_t sparsity;   /* enum sparsity */
+    float coefficient;  /* of this operand's term */
+    float low;          /* TRIM: entries with |x| <= low become 0 */
+    uint32_t key0;      /* MASK: key words of hash_v1 */
+    uint32_t key1;
+    uint64_t limit;     /* MASK: entries whose hash is at least this are multiplied by 0 */
+} operand;
+
+static inline float half_to_float(uint16_t h) {
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16;
+    uint32_t rest = (uint32_t)(h & 0x7fff) << 13;
+    uint32_t exponent = rest & 0x0f800000;
+    uint32_t bits = rest + 0x38000000u;
+    float value;
+    if (exponent == 0x0f800000) bits += 0x38000000u;
+    if (exponent == 0) {
+        bits = (rest & 0x007fffff) + 0x38800000u;
+        uint32_t magic = 0x38800000u;
+        float a, b;
+        memcpy(&a, &bits, 4);
+        memcpy(&b, &magic, 4);
+        a -= b;
+        memcpy(&bits, &a, 4);
+    }
+    bits |= sign;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+static inline uint16_t float_to_half(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    uint32_t sign = bits & 0x80000000u;
+    bits ^= sign;
+    uint16_t half;
+    if (bits >= 0x47800000u) {
+        half = bits > 0x7f800000u ? 0x7e00 : 0x7c00;
+    } else if (bits < 0x38800000u) {
+        uint32_t magic = 0x3f000000u;
+        float a, b;
+        memcpy(&a, &bits, 4);
+        memcpy(&b, &magic, 4);
+        a += b;
+        memcpy(&bits, &a, 4);
+        half = (uint16_t)(bits - magic);
+    } else {
+        uint32_t odd = (bits >> 13) & 1;
+        bits += 0xc8000fffu + odd;
+        half = (uint16_t)(bits >> 13);
+    }
+    return half | (uint16_t)(sign >> 16);
+}
+
+static inline void widen(const void *restrict data, int32_t dtype, int64_t start, int64_t n, float *restrict out) {
+    if (dtype == BF16) {
+        const uint16_t *restrict source = (const uint16_t *)data + start;
+        uint32_t *restrict bits = (uint32_t *)out;
+        for (int64_t i = 0; i < n; i++) bits[i] = (uint32_t)source[i] << 16;
+    } else if (dtype == F32) {
+        memcpy(out, (const float *)data + start, (size_t)n * 4);
+    } else {
+        const uint16_t *restrict source = (const uint16_t *)data + start;
+        for (int64_t i = 0; i < n; i++) out[i] = half_to_float(source[i]);
+    }
+}
+
+/* Rounds to nearest, ties to even. Returns whether a value is NaN or infinite after rounding. */
+int evomerge_narrow(const float *restrict source, int64_t n, int32_t dtype, void *restrict out) {
+    const uint32_t *restrict bits = (const uint32_t *)source;
+    uint32_t worst = 0;
+    if (dtype == BF16) {
+        uint16_t *restrict target = out;
+        for (int64_t i = 0; i < n; i++) {
+            uint32_t b = bits[i];
+            uint32_t nan = (b & 0x7fffffffu) > 0x7f800000u;
+            uint32_t rounded = (b + 0x7fffu + ((b >> 16) & 1)) >> 16;
+            rounded = nan ? 0x7fc0u : rounded;
+            target[i] = (uint16_t)rounded;
+            uint32_t magnitude = rounded & 0x7fffu;
+            worst = magnitude > worst ? magnitude : worst;
+        }
+        return worst >= 0x7f80u;
+    }
+    if (dtype == F32) {
+        uint32_t *restrict target = out;
+        for (int64_t i = 0; i < n; i++) {
+            target[i] = bits[i];
+            uint32_t magnitude = bits[i] & 0x7fffffffu;
+            worst = magnitude > worst ? magnitude : worst;
+        }
+        return worst >= 0x7f800000u;
+    }
+    uint16_t *restrict target = out;
+    for (int64_t i = 0; i < n; i++) {
+        uint16_t h = float_to_half(source[i]);
+        target[i] = h;
+        uint32_t magnitude = h & 0x7fffu;
+        worst = magnitude > worst ? magnitude : worst;
+    }
+    return worst >= 0x7c00u;
+}
+
+static inline uint32_t hash_v1(uint32_t x, uint32_t key0, uint32_t key1) {
+    x ^= key0;
+    x ^= x >> 17;
+    x *= 0xed5ad4bbu;
+    x ^= key1;
+    x ^= x >> 11;
+    x *= 0xac4c1b51u;
+    x ^= x >> 15;
+    x *= 0x31848babu;
+    x ^= x >> 14;
+    return x;
+}
+
+void evomerge_hash(uint32_t key0, uint32_t key1, uint32_t start, int64_t n, uint32_t *restrict out) {
+    for (int64_t i = 0; i < n; i++) out[i] = hash_v1(start + (uint32_t)i, key0, key1);
+}
+
+/* Makes deltas sparse in place; `low` is the element index of the first one, modulo 2^32. */
+static inline void sparsify(const operand *o, uint32_t first, int64_t n, float *restrict delta) {
+    if (o->sparsity == TRIM) {
+        float low = o->low;
+        for (int64_t i = 0; i < n; i++) delta[i] = (delta[i] >= -low) & (delta[i] <= low) ? 0.0f : delta[i];
+    } else if (o->sparsity == MASK && o->limit < (1ull << 32)) {
+        uint32_t limit = (uint32_t)o->limit, key0 = o->key0, key1 = o->key1;
+        for (int64_t i = 0; i < n; i++) {
+            uint32_t hash = hash_v1(first + (uint32_t)i, key0, key1);
+            delta[i] *= hash < limit ? 1.0f : 0.0f;
+        }
+    }
+}
+
+/* Multiplies by a factor if it is not 1, rounds and stores. Returns whether a value is not finite. */
+static inline int finish(float *restrict sum, int64_t n, float factor, int32_t dtype, void *out, int64_t start) {
+    if (factor != 1.0f)
+        for (int64_t i = 0; i < n; i++) sum[i] = sum[i] * factor;
+    return evomerge_narrow(sum, n, dtype, (char *)out + start * (dtype == F32 ? 4 : 2));
+}
+
+/* out = sum of c_k x_k, operands in order. */
+int evomerge_combine(const operand *operands, int32_t count, int64_t n, float factor, int32_t dtype, void *out) {
+    float x[BLOCK], sum[BLOCK];
+    int bad = 0;
+    for (int64_t start = 0; start < n; start += BLOCK) {
+        int64_t m = n - start < BLOCK ? n - start : BLOCK;
+        if (count == 0) memset(sum, 0, sizeof sum);
+        for (int32_t k = 0; k < count; k++) {
+            float c = operands[k].coefficient;
+            widen(operands[k].data, operands[k].dtype, start, m, x);
+            if (k == 0) {
+                for (int64_t i = 0; i < m; i++) sum[i] = x[i] * c;
+            } else {
+                for (int64_t i = 0; i < m; i++) {
+                    float term = x[i] * c;
+                    sum[i] = sum[i] + term;
+                }
+            }
+        }
+        bad |= finish(sum, m, factor, dtype, out, start);
+    }
+    return bad;
+}
+
+/* out = x_0 + sum of c_k sparse(x_k - x_0); operand 0 is the base. */
+int evomerge_deltas(const operand *operands, int32_t count, uint32_t first, int64_t n, float factor,
+                    int32_t dtype, void *out) {
+    float base[BLOCK], x[BLOCK], sum[BLOCK];
+    int bad = 0;
+    for (int64_t start = 0; start < n; start += BLOCK) {
+        int64_t m = n - start < BLOCK ? n - start : BLOCK;
+        widen(operands[0].data, operands[0].dtype, start, m, base);
+        for (int32_t k = 1; k < count; k++) {
+            float c = operands[k].coefficient;
+            widen(operands[k].data, operands[k].dtype, start, m, x);
+            for (int64_t i = 0; i < m; i++) x[i] = x[i] - base[i];
+            sparsify(&operands[k], first + (uint32_t)start, m, x);
+            if (k == 1) {
+                for (int64_t i = 0; i < m; i++) sum[i] = x[i] * c;
+            } else {
+                for (int64_t i = 0; i < m; i++) {
+                    float term = x[i] * c;
+                    sum[i] = sum[i] + term;
+                }
+            }
+        }
+        for (int64_t i = 0; i < m; i++) sum[i] = sum[i] + base[i];
+        bad |= finish(sum, m, factor, dtype, out, start);
+    }
+    return bad;
+}
+
+/* Adds the products of vectors to lanes: element i of the chunk belongs to lane (lane + i) mod lanes.
+ * `origin` is subtracted from all vectors (or is NULL), in float64; with `steps` vector 0 is subtracted from the
+ * others. sums is (pairs, lanes), pairs (i, j) with i <= j in row order.
+ */
+void evomerge_gram(const operand *vectors, int32_t count, const operand *origin, int32_t steps, int64_t n,
+                   int64_t lane, int64_t lanes, double *restrict sums) {
+    enum { STEP = 256, MOST = 16 };
+    static __thread double rows[MOST][STEP];
+    float x[STEP], base[STEP];
+    for (int64_t start = 0; start < n;) {
+        int64_t m = n - start < STEP ? n - start : STEP;
+        if (m > lanes - lane) m = lanes - lane;
+        if (origin) widen(origin->data, origin->dtype, start, m, base);
+        for (int32_t k = 0; k < count; k++) {
+            double *restrict row = rows[k];
+            widen(vectors[k].data, vectors[k].dtype, start, m, x);
+            if (origin) {
+                for (int64_t i = 0; i < m; i++) row[i] = (double)x[i] - (double)base[i];
+            } else if (steps && k > 0) {
+                for (int64_t i = 0; i < m; i++) row[i] = (double)x[i] - rows[0][i];
+            } else {
+                for (int64_t i = 0; i < m; i++) row[i] = (double)x[i];
+            }
+        }
+        double *restrict sum = sums + lane;
+        for (int32_t a = 0; a < count; a++)
+            for (int32_t b = a; b < count; b++, sum += lanes) {
+                const double *restrict u = rows[a], *restrict v = rows[b];
+                for (int64_t i = 0; i < m; i++) {
+                    double product = u[i] * v[i];
+                    sum[i] = sum[i] + product;
+                }
+            }
+        start += m;
+        lane = (lane + m) % lanes;
+    }
+}
+
+/* Adds |x| of sparse(x - base) to lanes, as evomerge_gram does. */
+void evomerge_absolute(const operand *vector, const operand *base, uint32_t first, int64_t n, int64_t lane,
+                       int64_t lanes, double *restrict sums) {
+    float x[BLOCK], origin[BLOCK];
+    for (int64_t start = 0; start < n;) {
+        int64_t m = n - start < BLOCK ? n - start : BLOCK;
+        if (m > lanes - lane) m = lanes - lane;
+        widen(vector->data, vector->dtype, start, m, x);
+        widen(base->data, base->dtype, start, m, origin);
+        for (int64_t i = 0; i < m; i++) x[i] = x[i] - origin[i];
+        sparsify(vector, first + (uint32_t)start, m, x);
+        double *restrict sum = sums + lane;
+        for (int64_t i = 0; i < m; i++) sum[i] = sum[i] + (double)fabsf(x[i]);
+        start += m;
+        lane = (lane + m) % lanes;
+    }
+}
+
+/* Counts |x - base| > high, and collects those in [low, high], at most `room` of them.
+ * Returns how many were inside; more than `room` means that the buffer was too small.
+ */
+int64_t evomerge_bracket(const operand *vector, const operand *base, int64_t n, float low, float high,
+                         int64_t room, float *restrict inside, int64_t *restrict larger) {
+    float x[BLOCK], origin[BLOCK];
+    int64_t found = 0, above = 0;
+    for (int64_t start = 0; start < n; start += BLOCK) {
+        int64_t m = n - start < BLOCK ? n - start : BLOCK;
+        widen(vector->data, vector->dtype, start, m, x);
+        if (base) {
+            widen(base->data, base->dtype, start, m, origin);
+            for (int64_t i = 0; i < m; i++) x[i] = fabsf(x[i] - origin[i]);
+        } else {
+            for (int64_t i = 0; i < m; i++) x[i] = fabsf(x[i]);
+        }
+        int32_t more = 0, within = 0;
+        for (int64_t i = 0; i < m; i++) {
+            more += x[i] > high;
+            within += (x[i] >= low) & (x[i] <= high);
+        }
+        above += more;
+        if (found + within > room) return room + 1;
+        if (within == 0) continue;
+        for (int64_t i = 0; i < m; i += 16) {
+            int64_t end = i + 16 < m ? i + 16 : m;
+            int32_t any = 0;
+            for (int64_t j = i; j < end; j++) any |= (x[j] >= low) & (x[j] <= high);
+            if (!any) continue;
+            for (int64_t j = i; j < end; j++)
+                if ((x[j] >= low) & (x[j] <= high)) inside[found++] = x[j];
+        }
+    }
+    *larger += above;
+    return found;
+}
+
+/* Counts bits shift ... shift + 15 of |x - base| among the elements whose higher bits are `prefix`. */
+void evomerge_digits(const operand *vector, const operand *base, int64_t n, uint32_t prefix, int32_t shift,
+                     int64_t *restrict counts) {
+    float x[BLOCK], origin[BLOCK];
+    for (int64_t start = 0; start < n; start += BLOCK) {
+        int64_t m = n - start < BLOCK ? n - start : BLOCK;
+        widen(vector->data, vector->dtype, start, m, x);
+        if (base) {
+            widen(base->data, base->dtype, start, m, origin);
+            for (int64_t i = 0; i < m; i++) x[i] = x[i] - origin[i];
+        }
+        uint32_t bits[BLOCK];
+        memcpy(bits, x, (size_t)m * 4);
+        if (shift == 16) {
+            for (int64_t i = 0; i < m; i++) counts[(bits[i] & 0x7fffffffu) >> 16]++;
+        } else {
+            for (int64_t i = 0; i < m; i++)
+                if ((bits[i] & 0x7fffffffu) >> 16 == prefix) counts[bits[i] & 0xffffu]++;
+        }
+    }
+}
