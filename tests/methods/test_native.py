@@ -119,12 +119,12 @@ def test_a_value_that_is_not_finite_is_noticed(bad: float, at: int) -> None:
 
 
 def test_the_hash_is_the_one_of_the_definition() -> None:
-    """Masks computed in C keep exactly the elements that `hash_v1` keeps, across a 2³² boundary too."""
     n = 70_000
     base, expert = torch.zeros(n), torch.ones(n)
+    key = MaskKey(seed=3, experts=("a" * 64,), tensor="w")
     out = torch.empty(n)
-    TensorMerge("dare_linear", base, [expert], {"weight": 1.0, "density": 0.3}, masks=KEY).write(0, n, out)
-    hashes = hash_v1(KEY.seed, KEY.experts[0], KEY.tensor, 0, np.empty(n, np.uint32))
+    TensorMerge("dare_linear", base, [expert], {"weight": 1.0, "density": 0.3}, masks=key).write(0, n, out)
+    hashes = hash_v1(key.seed, key.experts[0], key.tensor, 0, np.empty(n, np.uint32))
     assert np.array_equal(out.numpy() != 0, hashes < 0.3 * 2**32)
 
 
