@@ -14,7 +14,7 @@ from evomerge.checkpoints import Checkpoint
 from evomerge.errors import CandidateFailed
 from evomerge.merging.plan import MergePlan, TensorJob
 from evomerge.merging.sinks import Sink
-from evomerge.merging.streams import StreamedTensor
+from evomerge.merging.streams import Arena, StreamedTensor
 from evomerge.methods import TensorCache, merge_chunks
 
 CHUNK = 1 << 18
@@ -65,14 +65,19 @@ def execute(
     done = 0
     lock = threading.Lock()
 
+    arenas = threading.local()
+
     def read(checkpoint: Checkpoint, tensor: str) -> torch.Tensor:
         if stream or not checkpoint.mapped(tensor):
             # The methods and the copy below only slice.
-            return cast(torch.Tensor, StreamedTensor(checkpoint, tensor))
+            arena = arenas.arena = getattr(arenas, "arena", None) or Arena()
+            arenas.slot += 1
+            return cast(torch.Tensor, StreamedTensor(checkpoint, tensor, arena, arenas.slot))
         return checkpoint.tensor(tensor).reshape(-1)
 
     def work(job: TensorJob) -> None:
         nonlocal done
+        arenas.slot = -1
         for start, values in _chunks(job, plan.parents(job, checkpoints), read, cache, chunk):
             _check_finite(values, job)
             sink.write(job.name, start, values)

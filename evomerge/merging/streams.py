@@ -1,4 +1,4 @@
-"""Reading tensors slice by slice, so that memory does not grow with their size."""
+"""Reading tensors slice by slice into reused memory, so that it does not grow with their size."""
 
 from __future__ import annotations
 
@@ -6,22 +6,44 @@ import torch
 
 from evomerge.checkpoints import Checkpoint
 
-PIECE = 1 << 18
+
+class Arena:
+    """Byte buffers that one thread uses again for tensor after tensor: fresh memory costs a page fault a page."""
+
+    def __init__(self) -> None:
+        self._buffers: list[torch.Tensor] = []
+
+    def slot(self, index: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        """Return `numel` elements of buffer `index`, with arbitrary content."""
+        nbytes = numel * dtype.itemsize
+        while len(self._buffers) <= index:
+            self._buffers.append(torch.empty(0, dtype=torch.uint8))
+        if self._buffers[index].numel() < nbytes:
+            self._buffers[index] = torch.empty(nbytes, dtype=torch.uint8)
+        return self._buffers[index][:nbytes].view(dtype)
 
 
 class StreamedTensor:
     """Stands in for a flat tensor of a checkpoint where only slices of it are read.
 
-    A slice is a new tensor with a copy of the file's bytes. Unlike pages of a mapped file, which count as
-    resident once they are touched, it goes away with its last use.
+    A slice lies in the arena's buffer and is valid until the next slice of the same stream. Unlike pages of a
+    mapped file, which count as resident once they are touched, memory stays bounded.
+
+    Args:
+        checkpoint, name: what to read.
+        arena: of the thread that reads.
+        slot: the arena's buffer that this stream owns.
     """
 
-    def __init__(self, checkpoint: Checkpoint, name: str) -> None:
-        info = checkpoint.tensors[name]
+    device = torch.device("cpu")
+
+    def __init__(self, checkpoint: Checkpoint, name: str, arena: Arena, slot: int) -> None:
         self._checkpoint = checkpoint
         self._name = name
+        self._arena = arena
+        self._slot = slot
         self.dtype = checkpoint.read_dtype(name)
-        self.shape = torch.Size([info.numel])
+        self.shape = torch.Size([checkpoint.tensors[name].numel])
 
     def numel(self) -> int:
         return self.shape.numel()
@@ -37,12 +59,6 @@ class StreamedTensor:
     def __getitem__(self, part: slice) -> torch.Tensor:
         start, stop, step = part.indices(self.numel())
         if step != 1:
-            return torch.cat([self[begin:end][::step] for begin, end in _pieces(start, stop, step)])
-        out = torch.empty(max(0, stop - start), dtype=self.dtype)
+            raise ValueError("a streamed tensor is read in consecutive elements")
+        out = self._arena.slot(self._slot, max(0, stop - start), self.dtype)
         return self._checkpoint.read_into(self._name, start, out)
-
-
-def _pieces(start: int, stop: int, step: int) -> list[tuple[int, int]]:
-    """Cut a range into pieces of about `PIECE` elements that each begin on the step's grid."""
-    length = max(1, PIECE // step) * step
-    return [(begin, min(begin + length, stop)) for begin in range(start, stop, length)]

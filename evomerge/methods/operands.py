@@ -16,6 +16,9 @@ T = TypeVar("T")
 STRIP = 1 << 17
 """Elements that kernels work on at a time: enough to hide the cost of a call, few enough to stay in cache."""
 
+RUN = 1 << 8
+"""Length and number of the runs of a sample."""
+
 DEVICE_STRIP = 1 << 24
 """The same for a GPU, where launching a kernel costs more than its work on a small strip."""
 
@@ -106,10 +109,19 @@ class Operands:
         assert self.base is not None, "the method is declared to need a base"
         return self.base[0 : self.size].to(self.dtype, copy=True).reshape(self.shape)
 
-    def sample(self, k: int, step: int) -> Tensor:
-        """Return every `step`-th element of θ_k − θ_0, freshly allocated."""
-        assert self.base is not None, "the method is declared to need a base"
-        return self.inputs[k][::step].to(self.dtype) - self.base[::step].to(self.dtype)
+    def sample(self, k: int) -> Tensor:
+        """Return some 2¹⁶ elements of θ_k − θ_0 (all of a smaller tensor), freshly allocated.
+
+        They come in runs of consecutive elements at equal distances, which is what a file can be asked for.
+        """
+        length = RUN if self.size > RUN * RUN else self.size
+        count = RUN if self.size > RUN * RUN else 1
+        rows = torch.empty(2, count, length, dtype=self.dtype, device=self.device)
+        for row, tensor in zip(rows, (self.tensor(k), self.tensor(-1)), strict=True):
+            for run in range(count):
+                start = run * self.size // count
+                row[run].copy_(tensor[start : start + length])
+        return rows[0].sub_(rows[1]).reshape(-1)
 
     @property
     def caching(self) -> bool:

@@ -28,7 +28,6 @@ Basis = Literal["inputs", "deltas", "steps"]
 LANES = 1 << 13
 _BLOCK = 1 << 18
 _SHORT = 1 << 15
-_SAMPLE = 1 << 16
 
 
 def gram(operands: Operands, basis: Basis) -> Gram:
@@ -176,13 +175,13 @@ def list_magnitudes(operands: Operands, k: int) -> Magnitudes | None:
 def select_near(operands: Operands, k: int, rank: int) -> float | None:
     """Return the `rank`-th largest |θ_k − θ_0|, exactly, or None when a sample misjudges where it lies.
 
-    A sample brackets the value within four standard errors; one pass counts what is larger than the bracket
+    A sample brackets the value within six standard errors; one pass counts what is larger than the bracket
     and collects what lies inside.
     """
     n = operands.size
-    sample = operands.sample(k, max(1, n // _SAMPLE)).abs_().cpu().numpy()
+    sample = operands.sample(k).abs_().cpu().numpy()
     sample.sort()
-    center, spread = sample.size * (1 - rank / n), 4 * math.sqrt(rank * (1 - rank / n) / n * sample.size) + 2
+    center, spread = sample.size * (1 - rank / n), 6 * math.sqrt(rank * (1 - rank / n) / n * sample.size) + 2
     first, last = math.floor(center - spread), math.ceil(center + spread)
     low = sample[first] if first >= 0 else 0.0
     high = sample[last] if last < sample.size else math.inf
