@@ -17,7 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from evomerge.methods.native import BASE, Fused, Rule, Term
+from evomerge.methods.native import BASE, Fused, Sparsity, Term
 from evomerge.methods.operands import Chunk, Operands
 from evomerge.methods.reductions import Basis, Gram, gram
 
@@ -51,12 +51,12 @@ class Sparse:
         scales: factor of the kept entries of each input; 0 means that nothing of that input is kept.
         keep: ``keep(k, delta, start)`` zeroes, in place, what is not kept of input k's delta, a chunk that
             begins at element `start`.
-        rules: the same as data, one for each input; None where the C kernels have no such rule.
+        rules: the same as data, one for each input; None where it is nothing that the C kernels know.
     """
 
     scales: tuple[float, ...]
     keep: Callable[[int, Tensor, int], None]
-    rules: tuple[Rule, ...] | None = None
+    rules: tuple[Sparsity, ...] | None = None
 
 
 Sparsify = Callable[[Operands, Values], Sparse]

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from evomerge.methods.kernels import Sparse, Sparsify, Values
-from evomerge.methods.operands import STRIP, Operands
+from evomerge.methods.operands import Operands
+from evomerge.methods.reductions import LANES, absolute_sum
 from evomerge.methods.registry import Parameter
-
-LANES = 1 << 15
 
 RESCALE = Parameter(
     "rescale",
@@ -26,11 +26,11 @@ RESCALE = Parameter(
 def total(chunks: Iterable[Tensor]) -> float:
     """Return the sum of a tensor's elements, which come in chunks.
 
-    Element i belongs to lane i mod 2¹⁵; each lane adds in order of i, and the lanes are then added pairwise
+    Element i belongs to lane i mod 2¹³; each lane adds in order of i, and the lanes are then added pairwise
     in a binary tree.
 
     Args:
-        chunks: flat; the length of each but the last is a multiple of 2¹⁵.
+        chunks: flat; the length of each but the last is a multiple of 2¹³.
     """
     sums = torch.zeros(LANES, dtype=torch.float64)
     wide = torch.empty(LANES, dtype=torch.float64)
@@ -42,19 +42,11 @@ def total(chunks: Iterable[Tensor]) -> float:
     return sums.item()
 
 
-def l1_norm(operands: Operands, k: int, keep: Callable[[int, Tensor, int], None] | None = None) -> float:
-    """Return Σ |θ_k − θ_0|, or the sum over what `keep` (`kernels.Sparse`) leaves of it."""
-
-    def magnitudes() -> Iterable[Tensor]:
-        for chunk in operands.fork().chunks(STRIP):
-            delta = chunk.delta(k)
-            if keep is not None:
-                keep(k, delta, chunk.start)
-            yield delta.abs_()
-
-    if keep is not None:
-        return total(magnitudes())
-    return operands.cached(f"l1 norm of {k}", lambda: total(magnitudes()))
+def l1_norm(operands: Operands, k: int, sparse: Sparse | None = None) -> float:
+    """Return Σ |θ_k − θ_0|, or the sum over what `sparse` keeps of it, before its scales."""
+    if sparse is not None:
+        return absolute_sum(operands, k, sparse)
+    return operands.cached(f"l1 norm of {k}", lambda: absolute_sum(operands, k))
 
 
 def rescaled(sparsify: Sparsify) -> Sparsify:
@@ -71,9 +63,9 @@ def rescaled(sparsify: Sparsify) -> Sparsify:
         for k, density in enumerate(values["density"]):
             if scales[k] == 0 or density >= 1:
                 continue
-            left = l1_norm(operands, k, sparse.keep)
+            left = l1_norm(operands, k, sparse)
             if left > 0:
                 scales[k] *= l1_norm(operands, k) / left
-        return Sparse(tuple(scales), sparse.keep)
+        return replace(sparse, scales=tuple(scales))
 
     return with_norms_restored

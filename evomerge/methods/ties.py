@@ -14,8 +14,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from evomerge.methods import native
 from evomerge.methods.kernels import Sparse, Sparsify, Values
-from evomerge.methods.native import Trim
 from evomerge.methods.norms import RESCALE, rescaled
 from evomerge.methods.operands import STRIP, Chunk, Operands
 from evomerge.methods.reductions import kth_magnitude
@@ -72,7 +72,7 @@ def trim(operands: Operands, values: Values) -> Sparse:
         if below[k] >= 0:
             torch.hardshrink(delta, below[k], out=delta)
 
-    trims = tuple(Trim(low) if low >= 0 else None for low in below)
+    trims = tuple(native.Trim(low) if low >= 0 else None for low in below)
     return Sparse((1.0,) * len(operands.inputs), keep, trims)
 
 
@@ -96,6 +96,10 @@ class Term(NamedTuple):
     vote: float
     factor: float
     weight: float
+
+
+_ELECT = ("sum", "count", "max")
+_MERGE = ("mean", "weighted", "sum", "max")
 
 
 @dataclass(frozen=True)
@@ -167,6 +171,11 @@ class DisjointMerge:
     def apply(self, plan: Plan, chunk: Chunk, out: Tensor) -> None:
         merge_disjoint(plan, chunk, out)
 
+    def fused(self, plan: Plan) -> native.Fused | None:
+        if not plan.terms:
+            return native.Fused("combine", (native.Term(native.BASE),))
+        return fused_disjoint(plan)
+
 
 def plan_disjoint(
     operands: Operands, sparse: Sparse, terms: Sequence[Term], rule: Rule, scale: float
@@ -178,12 +187,33 @@ def plan_disjoint(
         if rule.tie == "positive":
             return 1
         votes = 0
+        fused = fused_disjoint(plan) if native.usable(operands) else None
+        if fused is not None:
+            votes = native.count_votes(fused, operands.fork())
+            return (votes > 0) - (votes < 0)
         for chunk in operands.fork().chunks(STRIP):
             tally = _tally(sparse, terms, rule, chunk)
             votes += int(_elect(tally, rule, chunk).to(torch.int32).sum())
         return (votes > 0) - (votes < 0)
 
-    return Plan(sparse, terms, rule, scale, majority)
+    plan = Plan(sparse, terms, rule, scale, majority)
+    return plan
+
+
+def fused_disjoint(plan: Plan) -> native.Fused | None:
+    """Return what `merge_disjoint` computes; None where votes and entries differ or are sparse in another way."""
+    rules = plan.sparse.rules
+    if rules is None or any(term.vote != term.factor for term in plan.terms):
+        return None
+    return native.Fused(
+        "disjoint",
+        (
+            native.Term(native.BASE),
+            *(native.Term(term.k, term.factor, rules[term.k], term.weight) for term in plan.terms),
+        ),
+        (_ELECT.index(plan.rule.elect), _MERGE.index(plan.rule.merge), float(plan.scale)),
+        plan.majority,
+    )
 
 
 def merge_disjoint(plan: Plan, chunk: Chunk, out: Tensor) -> None:
@@ -235,6 +265,7 @@ def _tally(sparse: Sparse, terms: Sequence[Term], rule: Rule, chunk: Chunk) -> d
         sparse.keep(k, q, chunk.start)
         if vote != 1:
             q.mul_(vote)
+        q.add_(0.0)  # Of -0.0, which clamp treats as it likes, makes 0.0.
         if rule.elect == "max":
             lead(q, rows, chunk)
         part = torch.clamp(q, min=0, out=chunk.row("part"))

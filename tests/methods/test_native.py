@@ -36,6 +36,13 @@ MERGES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("task_arithmetic", {"weight": (0.0, 0.0, 0.0)}),
     ("ties", {"weight": (0.2, 0.9, -0.3), "density": (0.2, 0.5, 1.0), "lambda": 1.3}),
     ("ties", {"density": 0.01}),
+    ("ties", {"weight": (0.2, 0.9, -0.3), "elect": "count", "merge": "sum", "density": 0.7}),
+    ("ties", {"weight": (0.2, 0.9, -0.3), "elect": "max", "merge": "max", "density": 0.7}),
+    ("ties", {"weight": (1.0, 1.0, 1.0), "elect": "sum", "merge": "max", "density": 1.0}),
+    ("ties/mergekit", {"weight": (0.2, 0.9, -0.3), "density": (0.2, 0.0, 1.0), "rescale": True}),
+    ("ties/mergekit", {"weight": (0.2, 0.9, -0.2), "density": 0.5, "normalize": False}),
+    ("dare_linear/mergekit", {"weight": (0.2, 0.9, -0.3), "density": (0.1, 0.5, 1.0)}),
+    ("dare_ties/mergekit", {"weight": (0.2, 0.9, 0.3), "density": (0.1, 0.5, 0.0)}),
     ("dare_linear", {"weight": (0.2, 0.9, -0.3), "density": (0.1, 0.5, 1.0)}),
     ("dare_ties", {"weight": (0.2, 0.9, 0.3), "density": (0.1, 0.5, 0.0)}),
 )
@@ -66,7 +73,8 @@ def family(n: int, dtype: torch.dtype) -> tuple[torch.Tensor, list[torch.Tensor]
 
 def merged(name: str, values: dict[str, Any], n: int, dtype: torch.dtype, out: torch.dtype) -> torch.Tensor:
     base, experts = family(n, dtype)
-    merge = TensorMerge(name, base, experts, values, masks=KEY, factor=0.75)
+    name, _, dialect = name.partition("/")
+    merge = TensorMerge(name, base, experts, values, masks=KEY, factor=0.75, dialect=dialect or "paper")
     result = torch.empty(n, dtype=out)
     assert merge.write(0, n, result)
     return result

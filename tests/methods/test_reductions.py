@@ -40,11 +40,11 @@ def test_the_sample_is_right_about_ordinary_tensors() -> None:
 
 def test_a_tensor_that_the_sample_misjudges_is_selected_from_all_the_same() -> None:
     n = 1 << 18
-    delta = torch.zeros(n)
-    delta[1::4] = torch.arange(1, n // 4 + 1, dtype=torch.float32)
-    operands = Operands(torch.zeros(n), [delta])
+    delta = torch.zeros(n // 1024, 1024)
+    delta[:, 256:] = torch.arange(1.0, 768 * 256 + 1).reshape(256, 768)
+    operands = Operands(torch.zeros(n), [delta.reshape(-1)])
     assert select_near(operands, 0, 1000) is None
-    assert kth_magnitude(operands, 0, 1000) == n // 4 - 999
+    assert kth_magnitude(operands, 0, 1000) == 768 * 256 - 999
 
 
 def test_bfloat16_deltas_are_listed_and_float32_ones_are_not() -> None:

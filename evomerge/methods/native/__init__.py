@@ -7,7 +7,7 @@ the plain torch operations run.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -46,17 +46,18 @@ class Mask:
     density: float
 
 
-Rule = Trim | Mask | None
+Sparsity = Trim | Mask | None
 """How one operand's delta is made sparse; None: it is not."""
 
 
 @dataclass(frozen=True)
 class Term:
-    """One operand of a fused kernel: the input's number or `BASE`, its coefficient, its sparsity."""
+    """One operand of a fused kernel: the input's number or `BASE`, and what the kernel does with it."""
 
     operand: int
     coefficient: float = 1.0
-    rule: Rule = None
+    sparsity: Sparsity = None
+    weight: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,13 @@ class Fused:
             ``disjoint``: TIES' election and disjoint merge of the c_k τ̂_k, the first term being the base.
         terms: the operands in order.
         options: integers and floats that the function takes after the terms.
+        tie: of ``disjoint``: the sign of elements where neither sign wins, asked for when there is one.
     """
 
     function: Literal["combine", "deltas", "disjoint"]
     terms: tuple[Term, ...]
     options: tuple[int | float, ...] = ()
+    tie: Callable[[], int] | None = None
 
 
 class _Operand(ctypes.Structure):
@@ -85,6 +88,7 @@ class _Operand(ctypes.Structure):
         ("key0", ctypes.c_uint32),
         ("key1", ctypes.c_uint32),
         ("limit", ctypes.c_uint64),
+        ("weight", ctypes.c_float),
     )
 
 
@@ -103,13 +107,11 @@ class Runner:
     """
 
     def __init__(self, fused: Fused, operands: Operands, factor: float = 1.0) -> None:
-        loaded = library()
-        assert loaded is not None, "the caller has asked whether the kernels are there"
-        self._function = getattr(loaded, f"evomerge_{fused.function}")
+        self._function = getattr(_loaded(), f"evomerge_{fused.function}")
         self._terms = _Terms(fused.terms, operands)
-        self._options = tuple(
-            ctypes.c_float(v) if isinstance(v, float) else ctypes.c_int32(v) for v in fused.options
-        )
+        self._options = tuple(map(_number, fused.options))
+        self._tie = fused.tie
+        self._sign: float | None = None
         self._masked = fused.function != "combine"
         self._factor = ctypes.c_float(factor)
 
@@ -120,17 +122,50 @@ class Runner:
             first = self(start, middle, out[: middle - start])
             return self(middle, stop, out[middle - start :]) and first
         self._terms.read(start, stop)
-        bad = self._function(
-            self._terms.array,
-            ctypes.c_int32(len(self._terms.array)),
-            *self._options,
-            *([ctypes.c_uint32(start & 0xFFFFFFFF)] if self._masked else []),
-            ctypes.c_int64(stop - start),
-            self._factor,
-            ctypes.c_int32(DTYPES[out.dtype]),
-            ctypes.c_void_p(out.data_ptr()),
+        result = self._call(start, stop, out)
+        if result & 2 and self._tie is not None and self._sign is None:
+            self._sign = float(self._tie())
+            self._terms.read(start, stop)
+            result = self._call(start, stop, out)
+        return not result & 1
+
+    def _call(self, start: int, stop: int, out: Tensor) -> int:
+        return int(
+            self._function(
+                self._terms.array,
+                ctypes.c_int32(len(self._terms.array)),
+                *self._options,
+                *([] if self._tie is None else [ctypes.c_float(self._sign or 0.0)]),
+                *([ctypes.c_uint32(start & 0xFFFFFFFF)] if self._masked else []),
+                ctypes.c_int64(stop - start),
+                self._factor,
+                ctypes.c_int32(DTYPES[out.dtype]),
+                ctypes.c_void_p(out.data_ptr()),
+            )
         )
-        return not bad
+
+
+def count_votes(fused: Fused, operands: Operands) -> int:
+    """Return the sum of the elected signs of a ``disjoint`` merge over the whole tensor."""
+    terms = _Terms(fused.terms, operands)
+    function = _loaded().evomerge_votes
+    function.restype = ctypes.c_int64
+    votes = 0
+    for start in range(0, operands.size, operands.strip):
+        stop = min(start + operands.strip, operands.size)
+        terms.read(start, stop)
+        votes += function(
+            terms.array,
+            ctypes.c_int32(len(terms.array)),
+            _number(fused.options[0]),
+            ctypes.c_uint32(start & 0xFFFFFFFF),
+            ctypes.c_int64(stop - start),
+        )
+    return votes
+
+
+def _number(value: int | float) -> ctypes.c_float | ctypes.c_int32:
+    return ctypes.c_float(value) if isinstance(value, float) else ctypes.c_int32(value)
 
 
 class _Terms:
@@ -144,11 +179,11 @@ class _Terms:
         self._high = -1
         for entry, term in zip(self.array, terms, strict=True):
             entry.dtype = DTYPES[operands.tensor(term.operand).dtype]
-            entry.coefficient = term.coefficient
-            if isinstance(term.rule, Trim):
-                entry.sparsity, entry.low = _TRIM, term.rule.low
-            elif isinstance(term.rule, Mask):
-                entry.sparsity, entry.limit = _MASK, limit_of(term.rule.density)
+            entry.coefficient, entry.weight = term.coefficient, term.weight
+            if isinstance(term.sparsity, Trim):
+                entry.sparsity, entry.low = _TRIM, term.sparsity.low
+            elif isinstance(term.sparsity, Mask):
+                entry.sparsity, entry.limit = _MASK, limit_of(term.sparsity.density)
 
     def read(self, start: int, stop: int) -> None:
         self._parts = [self._operands.tensor(term.operand)[start:stop] for term in self._terms]
@@ -157,8 +192,8 @@ class _Terms:
         if start >> 32 != self._high:
             self._high = start >> 32
             for entry, term in zip(self.array, self._terms, strict=True):
-                if isinstance(term.rule, Mask):
-                    rule = term.rule
+                if isinstance(term.sparsity, Mask):
+                    rule = term.sparsity
                     entry.key0, entry.key1 = key_words(
                         rule.key.seed, rule.key.experts[rule.expert], rule.key.tensor, self._high
                     )
@@ -211,9 +246,11 @@ def add_products(
     )
 
 
-def add_magnitudes(operands: Operands, k: int, rule: Rule, start: int, stop: int, sums: Tensor) -> None:
+def add_magnitudes(
+    operands: Operands, k: int, sparsity: Sparsity, start: int, stop: int, sums: Tensor
+) -> None:
     """Add |τ̂_k| of the elements ``start:stop`` to lanes; see `reductions.absolute_sum`."""
-    vector = _Terms([Term(k, rule=rule)], operands)
+    vector = _Terms([Term(k, sparsity=sparsity)], operands)
     base = _Terms([Term(BASE)], operands)
     vector.read(start, stop)
     base.read(start, stop)

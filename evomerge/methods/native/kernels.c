@@ -13,6 +13,8 @@
 
 enum dtype { F32 = 0, BF16 = 1, F16 = 2 };
 enum sparsity { DENSE = 0, TRIM = 1, MASK = 2 };
+enum elect { BY_SUM = 0, BY_COUNT = 1, BY_MAX = 2 };
+enum merge { MEAN = 0, WEIGHTED = 1, SUM = 2, MAX = 3 };
 
 typedef struct {
     const void *data;   /* first element */
@@ -23,6 +25,7 @@ typedef struct {
     uint32_t key0;      /* MASK: key words of hash_v1 */
     uint32_t key1;
     uint64_t limit;     /* MASK: entries whose hash is at least this are multiplied by 0 */
+    float weight;       /* its share of a weighted mean's divisor */
 } operand;
 
 static inline float half_to_float(uint16_t h) {
@@ -207,6 +210,134 @@ int evomerge_deltas(const operand *operands, int32_t count, uint32_t first, int6
         bad |= finish(sum, m, factor, dtype, out, start);
     }
     return bad;
+}
+
+/* Comparisons are written so that a NaN goes through to the result, where it is noticed.
+ *
+ * What the entries q_k = c_k sparse(x_k - x_0) of a block add up to, by sign (positive, negative). */
+typedef struct {
+    float sum[2][BLOCK], most[2][BLOCK], count[2][BLOCK], weight[2][BLOCK], lead[BLOCK];
+} tally;
+
+static inline void take(tally *t, const operand *o, int32_t elect, int32_t merge, int is_first,
+                        const float *restrict q, int64_t n) {
+    float *restrict positive = t->sum[0], *restrict negative = t->sum[1];
+    if (is_first) {
+        memset(t->sum, 0, sizeof t->sum);
+        memset(t->most, 0, sizeof t->most);
+        memset(t->count, 0, sizeof t->count);
+        memset(t->weight, 0, sizeof t->weight);
+        memcpy(t->lead, q, (size_t)n * 4);
+    } else if (elect == BY_MAX) {
+        float *restrict lead = t->lead;
+        for (int64_t i = 0; i < n; i++) lead[i] = (fabsf(lead[i]) >= fabsf(q[i])) | (lead[i] != lead[i]) ? lead[i] : q[i];
+    }
+    for (int64_t i = 0; i < n; i++) {
+        positive[i] = positive[i] + (q[i] <= 0.0f ? 0.0f : q[i]);
+        negative[i] = negative[i] + (q[i] >= 0.0f ? 0.0f : q[i]);
+    }
+    if (merge == MEAN || elect == BY_COUNT) {
+        float *restrict up = t->count[0], *restrict down = t->count[1];
+        for (int64_t i = 0; i < n; i++) {
+            up[i] += q[i] > 0.0f ? 1.0f : 0.0f;
+            down[i] += q[i] < 0.0f ? 1.0f : 0.0f;
+        }
+    }
+    if (merge == WEIGHTED) {
+        float *restrict up = t->weight[0], *restrict down = t->weight[1], w = o->weight;
+        for (int64_t i = 0; i < n; i++) {
+            up[i] = up[i] + (q[i] > 0.0f ? w : 0.0f);
+            down[i] = down[i] + (q[i] < 0.0f ? w : 0.0f);
+        }
+    }
+    if (merge == MAX) {
+        float *restrict up = t->most[0], *restrict down = t->most[1];
+        for (int64_t i = 0; i < n; i++) {
+            up[i] = (q[i] > up[i]) | (q[i] != q[i]) ? q[i] : up[i];
+            down[i] = (q[i] < down[i]) | (q[i] != q[i]) ? q[i] : down[i];
+        }
+    }
+}
+
+/* Tallies a block of all operands but the base, which is operand 0 and is widened into `base`. */
+static inline void count_block(const operand *operands, int32_t count, int32_t elect, int32_t merge, uint32_t first,
+                               int64_t start, int64_t n, float *restrict base, tally *t) {
+    float x[BLOCK];
+    widen(operands[0].data, operands[0].dtype, start, n, base);
+    for (int32_t k = 1; k < count; k++) {
+        float c = operands[k].coefficient;
+        widen(operands[k].data, operands[k].dtype, start, n, x);
+        for (int64_t i = 0; i < n; i++) x[i] = x[i] - base[i];
+        sparsify(&operands[k], first + (uint32_t)start, n, x);
+        for (int64_t i = 0; i < n; i++) x[i] = x[i] * c;
+        take(t, &operands[k], elect, merge, k == 1, x, n);
+    }
+}
+
+static inline float sign_of(float x) { return (float)((x > 0.0f) - (x < 0.0f)); }
+
+static inline float elected(const tally *t, int32_t elect, int64_t i) {
+    if (elect == BY_MAX) return sign_of(t->lead[i]);
+    if (elect == BY_COUNT) return sign_of(t->count[0][i] - t->count[1][i]);
+    return sign_of(t->sum[0][i] + t->sum[1][i]);
+}
+
+/* The sum of all elected signs. */
+int64_t evomerge_votes(const operand *operands, int32_t count, int32_t elect, uint32_t first, int64_t n) {
+    float base[BLOCK];
+    tally t;
+    int64_t votes = 0;
+    for (int64_t start = 0; start < n; start += BLOCK) {
+        int64_t m = n - start < BLOCK ? n - start : BLOCK;
+        count_block(operands, count, elect, SUM, first, start, m, base, &t);
+        int32_t part = 0;
+        for (int64_t i = 0; i < m; i++) part += (int32_t)elected(&t, elect, i);
+        votes += part;
+    }
+    return votes;
+}
+
+/* out = x_0 + scale * (the merge of the entries that have the elected sign; `tie` where neither sign wins).
+ * Returns bit 0: a value is not finite; bit 1: an element was tied.
+ */
+int evomerge_disjoint(const operand *operands, int32_t count, int32_t elect, int32_t merge, float scale, float tie,
+                      uint32_t first, int64_t n, float factor, int32_t dtype, void *out) {
+    float base[BLOCK], sum[BLOCK];
+    tally t;
+    int bad = 0, tied = 0;
+    for (int64_t start = 0; start < n; start += BLOCK) {
+        int64_t m = n - start < BLOCK ? n - start : BLOCK;
+        count_block(operands, count, elect, merge, first, start, m, base, &t);
+        float *restrict positive = merge == MAX ? t.most[0] : t.sum[0];
+        float *restrict negative = merge == MAX ? t.most[1] : t.sum[1];
+        int32_t any = 0;
+        for (int64_t i = 0; i < m; i++) {
+            float sign = elected(&t, elect, i);
+            int32_t equal = (sign == 0.0f) & (t.sum[0][i] > 0.0f) & (elect != BY_MAX);
+            any |= equal;
+            sum[i] = equal ? tie : sign;
+        }
+        tied |= any;
+        if (merge == MEAN) {
+            for (int64_t i = 0; i < m; i++) {
+                positive[i] = positive[i] / (t.count[0][i] > 1.0f ? t.count[0][i] : 1.0f);
+                negative[i] = negative[i] / (t.count[1][i] > 1.0f ? t.count[1][i] : 1.0f);
+            }
+        } else if (merge == WEIGHTED) {
+            for (int64_t i = 0; i < m; i++) {
+                positive[i] = positive[i] / (t.weight[0][i] == 0.0f ? 1.0f : t.weight[0][i]);
+                negative[i] = negative[i] / (t.weight[1][i] == 0.0f ? 1.0f : t.weight[1][i]);
+            }
+        }
+        for (int64_t i = 0; i < m; i++) {
+            float up = positive[i] * (sum[i] > 0.0f ? 1.0f : 0.0f);
+            float down = negative[i] * (sum[i] < 0.0f ? 1.0f : 0.0f);
+            float merged = (up + down) * scale;
+            sum[i] = merged + base[i];
+        }
+        bad |= finish(sum, m, factor, dtype, out, start);
+    }
+    return bad | tied << 1;
 }
 
 /* Adds the products of vectors to lanes: element i of the chunk belongs to lane (lane + i) mod lanes.
