@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3Config,
     Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
@@ -37,6 +40,14 @@ from transformers import (
     StableLmForCausalLM,
 )
 
+_VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
 _GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 4}
 
 ARCHITECTURES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
@@ -59,6 +70,22 @@ ARCHITECTURES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     ),
 }
 """Config class, model class, and what a tiny config needs besides the sizes, by ``model_type``."""
+
+WRAPPERS: dict[str, tuple[Any, Any, str, dict[str, Any]]] = {
+    "gemma3": (
+        Gemma3Config,
+        Gemma3ForConditionalGeneration,
+        "gemma3_text",
+        {
+            "vision_config": _VISION,
+            "mm_tokens_per_image": 4,
+            "image_token_index": 258,
+            "boi_token_index": 257,
+            "eoi_token_index": 256,
+        },
+    ),
+}
+"""Multimodal models: config class, model class, the text model's kind, and the rest of a tiny config."""
 
 KINDS = ("llama", "mistral", "qwen2", "qwen3")
 VOCAB = 259
@@ -92,12 +119,17 @@ def make_model(
     layers: int = 4,
     max_shard_size: str = "5GB",
     tokenizer: bool = True,
+    live_form: bool = False,
     **config: Any,
 ) -> Path:
-    """Write a tiny random model; with `base`, that model plus seeded noise (an "expert")."""
-    config_class, model_class, own = ARCHITECTURES[kind]
+    """Write a tiny random model; with `base`, that model plus seeded noise (an "expert").
+
+    `live_form` writes the names and shapes that transformers has in memory instead of the published ones.
+    """
+    wrapper = WRAPPERS.get(kind)
+    config_class, model_class, own = ARCHITECTURES[wrapper[2] if wrapper else kind]
     generator = torch.Generator().manual_seed(seed)
-    settings = config_class(
+    settings: Any = dict(
         vocab_size=VOCAB,
         hidden_size=hidden,
         intermediate_size=2 * hidden,
@@ -111,6 +143,11 @@ def make_model(
         pad_token_id=2,
         **{**own, **config},
     )
+    if wrapper is None:
+        settings = config_class(**settings)
+    else:
+        config_class, model_class, _, rest = wrapper
+        settings = config_class(text_config=settings, tie_word_embeddings=tied, **copy.deepcopy(rest))
     if base is None:
         model = model_class(settings)
         with torch.no_grad():
@@ -122,7 +159,7 @@ def make_model(
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(noise * torch.randn(parameter.shape, generator=generator))
-    model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
+    model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size, save_original_format=not live_form)
     if tokenizer:
         make_tokenizer(folder)
     return folder

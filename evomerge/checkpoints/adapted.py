@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import threading
 from collections.abc import Iterator
@@ -12,14 +13,13 @@ from functools import cached_property
 import torch
 
 from evomerge.checkpoints.adapters import Adapter, Change, combined_sha256, fit
-from evomerge.checkpoints.completeness import input_embedding
+from evomerge.checkpoints.completeness import head_name, input_embedding
 from evomerge.checkpoints.header import TensorInfo
+from evomerge.checkpoints.model_config import set_tied
 from evomerge.checkpoints.reader import Checkpoint
 
 BLOCK = 1 << 18
 """Elements that are expanded at a time; fixed, so that the bits do not depend on who reads which part."""
-
-HEAD = "lm_head.weight"
 
 
 class _Local(threading.local):
@@ -199,19 +199,20 @@ def adapt(base: Checkpoint, adapter: Adapter, *, name: str) -> AdaptedCheckpoint
         CheckpointError: the adapter cannot be used, or is not one for this base.
     """
     tensors, sources, config, tied = dict(base.tensors), {n: n for n in base.tensors}, base.config, base.tied
-    embedding = input_embedding(base.tensors)
+    embedding, head = input_embedding(base.tensors), head_name(base.text_config)
     shapes = {n: info.shape for n, info in tensors.items()}
     if tied and embedding is not None:
-        shapes[HEAD] = shapes[embedding]
+        shapes[head] = shapes[embedding]
     changes = fit(adapter, shapes, config=base.config, base=str(base.path))
-    if tied and embedding is not None and _unties(changes, embedding, adapter):
-        tensors[HEAD] = replace(tensors[embedding], name=HEAD)
-        sources[HEAD] = embedding
-        config, tied = {**config, "tie_word_embeddings": False}, False
-        if HEAD not in changes and changes[embedding].tokens is not None:
-            changes[HEAD] = Change(tokens=changes[embedding].tokens, rows=changes[embedding].rows)
+    if tied and embedding is not None and _unties(changes, embedding, head, adapter):
+        tensors[head] = replace(tensors[embedding], name=head)
+        sources[head] = embedding
+        config, tied = copy.deepcopy(config), False
+        set_tied(config, tied)
+        if head not in changes and changes[embedding].tokens is not None:
+            changes[head] = Change(tokens=changes[embedding].tokens, rows=changes[embedding].rows)
     elif tied:
-        changes.pop(HEAD, None)
+        changes.pop(head, None)
     return AdaptedCheckpoint(
         name,
         base.path,
@@ -226,7 +227,7 @@ def adapt(base: Checkpoint, adapter: Adapter, *, name: str) -> AdaptedCheckpoint
     )
 
 
-def _unties(changes: dict[str, Change], embedding: str, adapter: Adapter) -> bool:
+def _unties(changes: dict[str, Change], embedding: str, head: str, adapter: Adapter) -> bool:
     """Whether head and embedding of a tied base differ once the adapter is on it.
 
     peft ties replaced token rows to the head; everything else only where `ensure_weight_tying` says so.
@@ -234,7 +235,7 @@ def _unties(changes: dict[str, Change], embedding: str, adapter: Adapter) -> boo
     if adapter.config.get("ensure_weight_tying"):
         return False
     own = changes.get(embedding)
-    return HEAD in changes or (own is not None and own.tokens is None)
+    return head in changes or (own is not None and own.tokens is None)
 
 
 def _load(adapter: Adapter, info: TensorInfo, dtype: torch.dtype) -> torch.Tensor:

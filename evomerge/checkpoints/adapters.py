@@ -150,7 +150,7 @@ class Adapter:
             ]
         applied["fan_in_fan_out"] = bool(self.config.get("fan_in_fan_out"))
         sources = {self.path / ADAPTER_CONFIG, *(info.file for info in self.tensors.values())}
-        return cached_content_hash(self.tensors.values(), applied, self.files, sources)
+        return cached_content_hash(self.tensors, applied, self.files, sources)
 
 
 def read_adapter(path: Path) -> Adapter:

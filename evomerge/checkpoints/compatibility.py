@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from evomerge.checkpoints.canonical import outside_parts
 from evomerge.checkpoints.completeness import output_head, vocabulary_tensors
-from evomerge.checkpoints.names import parse
+from evomerge.checkpoints.names import is_outside, parse
 from evomerge.checkpoints.reader import Checkpoint
 from evomerge.errors import CheckpointError
 
 _SHOWN = 3
+_TYPE = ("model_type",)
 _DEPTH = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 # Keys that must agree, with the names that families give them. They decide shapes or how shapes are read.
 _DECISIVE: tuple[tuple[str, ...], ...] = (
-    ("model_type",),
+    _TYPE,
     ("hidden_size", "n_embd", "d_model"),
     _DEPTH,
     ("intermediate_size", "n_inner", "ffn_dim"),
@@ -63,7 +65,7 @@ def check_compatible(
     for name, other in others.items():
         _check_config(base, name, other, any_depth)
         _check_tensors(base, name, other, any_depth)
-        warnings += _forward_differences(base, name, other)
+        warnings += _outside_differences(base, name, other) + _forward_differences(base, name, other)
     return warnings
 
 
@@ -87,35 +89,41 @@ def _called(base: Checkpoint) -> str:
     return "the base" if base.name in ("", "base") else f"'{base.name}'"
 
 
-def _value(config: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
-    """Return the value of the first of the keys that has one, else the one that follows from other keys."""
+def _value(checkpoint: Checkpoint, keys: tuple[str, ...]) -> Any:
+    """Return the value of the first of the keys that has one, else the one that follows from other keys.
+
+    A multimodal config may leave out of its nested one what equals the family's default.
+    """
+    config = checkpoint.text_config
     value = next((config[key] for key in keys if config.get(key) is not None), None)
     heads, width = config.get("num_attention_heads"), config.get("hidden_size")
-    if value is None and keys == ("num_key_value_heads",):
+    if value is not None or _multimodal(checkpoint):
+        return value
+    if keys == ("num_key_value_heads",):
         return heads
-    if (
-        value is None
-        and keys == ("head_dim",)
-        and isinstance(heads, int)
-        and isinstance(width, int)
-        and heads
-    ):
+    if keys == ("head_dim",) and isinstance(heads, int) and isinstance(width, int) and heads:
         return width // heads
-    return value
+    return None
 
 
-def _key(config: Mapping[str, Any], keys: tuple[str, ...]) -> str:
-    return next((key for key in keys if key in config), keys[0])
+def _key(checkpoint: Checkpoint, keys: tuple[str, ...]) -> str:
+    return next((key for key in keys if key in checkpoint.text_config), keys[0])
+
+
+def _multimodal(checkpoint: Checkpoint) -> bool:
+    return checkpoint.text_config is not checkpoint.config or any(map(is_outside, checkpoint.tensors))
 
 
 def _check_config(base: Checkpoint, name: str, other: Checkpoint, any_depth: bool) -> None:
     for keys in _DECISIVE:
         if any_depth and keys == _DEPTH:
             continue
-        ours, theirs = _value(base.config, keys), _value(other.config, keys)
+        if keys == _TYPE and _multimodal(base) != _multimodal(other):
+            continue
+        ours, theirs = _value(base, keys), _value(other, keys)
         if ours is not None and theirs is not None and ours != theirs:
             raise CheckpointError(
-                f"{other.path}: expert '{name}' has {_key(base.config, keys)} {theirs}, "
+                f"{other.path}: expert '{name}' has {_key(base, keys)} {theirs}, "
                 f"{_called(base)} {ours}; only fine-tunes of one architecture can be merged"
             )
 
@@ -125,7 +133,11 @@ def _check_tensors(base: Checkpoint, name: str, other: Checkpoint, any_depth: bo
 
     def compared(checkpoint: Checkpoint) -> list[str]:
         places = ((tensor, parse(tensor).position) for tensor in checkpoint.tensors)
-        return [t for t, place in places if shared is None or isinstance(place, str) or place < shared]
+        return [
+            t
+            for t, place in places
+            if not is_outside(t) and (shared is None or isinstance(place, str) or place < shared)
+        ]
 
     heads = {output_head(base.tensors), output_head(other.tensors)} if base.tied != other.tied else set()
     missing = [tensor for tensor in compared(base) if tensor not in {*other.tensors, *heads}]
@@ -157,6 +169,25 @@ def _check_tensors(base: Checkpoint, name: str, other: Checkpoint, any_depth: bo
         )
 
 
+def _outside_differences(base: Checkpoint, name: str, other: Checkpoint) -> list[str]:
+    """Say what is not merged where one of two models, or both, are multimodal."""
+    left_out = [tensor for tensor in other.tensors if is_outside(tensor)]
+    warnings = []
+    if left_out:
+        parts = ", ".join(outside_parts(left_out))
+        warnings.append(
+            f"only the language model of expert '{name}' is merged; its {len(left_out)} other tensors "
+            f"({parts}) are left out"
+        )
+    ours, theirs = base.text_config.get("model_type"), other.text_config.get("model_type")
+    if None not in (ours, theirs) and ours != theirs:
+        warnings.append(
+            f"expert '{name}' has model_type {theirs}, {_called(base)} {ours}; their tensors have the same "
+            "names and shapes"
+        )
+    return warnings
+
+
 def _list(tensors: list[str]) -> str:
     """Name at most three tensors, and count them."""
     shown = ", ".join(f"'{tensor}'" for tensor in tensors[:_SHOWN])
@@ -167,10 +198,10 @@ def _list(tensors: list[str]) -> str:
 def _forward_differences(base: Checkpoint, name: str, other: Checkpoint) -> list[str]:
     differences = []
     for keys in _FORWARD:
-        ours, theirs = _value(base.config, keys), _value(other.config, keys)
+        ours, theirs = _value(base, keys), _value(other, keys)
         if ours is not None and theirs is not None and ours != theirs:
-            differences.append((_key(base.config, keys), theirs, ours))
-    one, two = rope_settings(base.config), rope_settings(other.config)
+            differences.append((_key(base, keys), theirs, ours))
+    one, two = rope_settings(base.text_config), rope_settings(other.text_config)
     for key in sorted({*one, *two} if one and two else ()):
         unknown_default = key == "rope_theta" and (key not in one or key not in two)
         if not unknown_default and one.get(key) != two.get(key):

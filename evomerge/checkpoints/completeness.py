@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.checkpoints.header import TensorInfo
+from evomerge.checkpoints.model_config import nested_key, text_config
 from evomerge.checkpoints.names import parse
 from evomerge.errors import CheckpointError, at
 
@@ -22,19 +23,27 @@ _TYPE_LISTS = ("layer_types", "layers_block_type", "mlp_layer_types", "hybrid_ov
 _NOT_INPUT = {"wpe", "embed_positions", "position_embeddings", "token_type_embeddings"}
 
 
-def layer_count(config: Mapping[str, Any], file: Path | str) -> int:
-    """Return the number of layers that a config declares; `file` is named in errors."""
+def layer_count(config: Mapping[str, Any], file: Path | str, names: Iterable[str] = ()) -> int:
+    """Return the number of the language model's layers.
+
+    Args:
+        config: the checkpoint's ``config.json``.
+        file: its path, for errors.
+        names: of the tensors; they are counted where a multimodal config leaves the number to a default.
+    """
+    text = text_config(config)
+    key = nested_key(config)
+    nested = "" if key is None else key + "."
     for key in _LAYER_COUNT:
-        if key in config:
-            count = config[key]
+        if key in text:
+            count = text[key]
             if type(count) is not int or count < 1:
-                raise CheckpointError(f"{at(file, key)}{count!r} is not a positive whole number")
+                raise CheckpointError(f"{at(file, nested + key)}{count!r} is not a positive whole number")
             return count
-    if "text_config" in config:
-        raise CheckpointError(
-            f"{file}: a multimodal model cannot be merged; extract its language model first"
-        )
-    raise CheckpointError(f"{at(file, 'num_hidden_layers')}this key is missing")
+    positions = [place for name in names if isinstance(place := parse(name).position, int)]
+    if nested and positions:
+        return 1 + max(positions)
+    raise CheckpointError(f"{at(file, nested + 'num_hidden_layers')}this key is missing")
 
 
 def input_embedding(names: Iterable[str]) -> str | None:
@@ -43,6 +52,11 @@ def input_embedding(names: Iterable[str]) -> str | None:
         if parse(name).role == "embedding" and not _NOT_INPUT & set(name.split(".")):
             return name
     return None
+
+
+def head_name(config: Mapping[str, Any]) -> str:
+    """Return the canonical name that the weight of a separate head has."""
+    return "embed_out.weight" if config.get("model_type") == "gpt_neox" else "lm_head.weight"
 
 
 def output_head(names: Iterable[str]) -> str | None:
@@ -59,6 +73,33 @@ def vocabulary_tensors(tensors: Mapping[str, TensorInfo]) -> list[str]:
     return [name for name in ends if tensors[name].shape[:1] == tensors[embedding].shape[:1]]
 
 
+def layer_kind(config: Mapping[str, Any], index: int, count: int) -> tuple[Any, ...]:
+    """Return what the (language model's) config says of a layer that may change its set of tensors.
+
+    Args:
+        config: the part that speaks of the layers.
+        index: of the layer.
+        count: number of layers.
+    """
+    kind: list[Any] = []
+    for key in _TYPE_LISTS:
+        types = config.get(key)
+        if isinstance(types, list | str) and len(types) == count:
+            kind.append(_SAME_TENSORS.get(str(types[index]), str(types[index])))
+    dense = config.get("mlp_only_layers") or []
+    step = config.get("decoder_sparse_step") or 1
+    kind.append(index in dense or (index + 1) % step != 0)
+    kind.append(index < (config.get("first_k_dense_replace") or 0))
+    kind.append(
+        index % (config.get("moe_layer_freq") or 1) if type(config.get("moe_layer_freq")) is int else 0
+    )
+    for part in ("attn_layer", "expert_layer"):
+        period, offset = config.get(f"{part}_period"), config.get(f"{part}_offset")
+        if isinstance(period, int) and isinstance(offset, int) and period > 0:
+            kind.append(index % period == offset)
+    return tuple(kind)
+
+
 def check_complete(names: Iterable[str], config: Mapping[str, Any], *, tied: bool, place: Path | str) -> None:
     """Refuse a checkpoint whose set of tensors cannot be right; the sentence names a tensor.
 
@@ -73,7 +114,8 @@ def check_complete(names: Iterable[str], config: Mapping[str, Any], *, tied: boo
         place: the folder, for errors.
     """
     names = list(names)
-    count = layer_count(config, place)
+    count = layer_count(config, place, names)
+    config = text_config(config)
     layers: dict[int, set[str]] = {index: set() for index in range(count)}
     for name in names:
         tensor = parse(name)
@@ -89,14 +131,14 @@ def check_complete(names: Iterable[str], config: Mapping[str, Any], *, tied: boo
             raise CheckpointError(f"{place}: layer {index} of {count} has no tensors at all")
     kinds: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     for index in range(count):
-        kinds[_kind(config, index, count)].append(index)
+        kinds[layer_kind(config, index, count)].append(index)
     for members in kinds.values():
         _check_alike({index: layers[index] for index in members}, place)
     if input_embedding(names) is None:
         raise CheckpointError(f"{place}: the token embedding is missing (e.g. 'model.embed_tokens.weight')")
     if not tied and output_head(names) is None:
         raise CheckpointError(
-            f"{place}: 'lm_head.weight' is missing, and config.json says tie_word_embeddings: false"
+            f"{place}: '{head_name(config)}' is missing, and config.json says tie_word_embeddings: false"
         )
 
 
@@ -115,24 +157,3 @@ def _check_alike(layers: Mapping[int, set[str]], place: Path | str) -> None:
             f"{place}: tensor '{stem.replace('{}', str(having[0]), 1)}' is unknown; only {len(having)} of "
             f"{len(layers)} layers of this kind have it"
         )
-
-
-def _kind(config: Mapping[str, Any], index: int, count: int) -> tuple[Any, ...]:
-    """Return what the config says of a layer that may change its set of tensors."""
-    kind: list[Any] = []
-    for key in _TYPE_LISTS:
-        types = config.get(key)
-        if isinstance(types, list | str) and len(types) == count:
-            kind.append(_SAME_TENSORS.get(str(types[index]), str(types[index])))
-    dense = config.get("mlp_only_layers") or []
-    step = config.get("decoder_sparse_step") or 1
-    kind.append(index in dense or (index + 1) % step != 0)
-    kind.append(index < (config.get("first_k_dense_replace") or 0))
-    kind.append(
-        index % (config.get("moe_layer_freq") or 1) if type(config.get("moe_layer_freq")) is int else 0
-    )
-    for part in ("attn_layer", "expert_layer"):
-        period, offset = config.get(f"{part}_period"), config.get(f"{part}_offset")
-        if isinstance(period, int) and isinstance(offset, int) and period > 0:
-            kind.append(index % period == offset)
-    return tuple(kind)

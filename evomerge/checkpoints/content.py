@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from evomerge.checkpoints.canonical import language_prefix
 from evomerge.checkpoints.header import DTYPE_NAMES, TensorInfo
 from evomerge.checkpoints.open_files import OpenFiles
 from evomerge.environment import cache_folder
 from evomerge.errors import CheckpointError
 
 _CHUNK = 4 << 20
-_VERSION = 1
+_VERSION = 2
 
 # Unsigned type of a float's bits, mask of its exponent, mask of its mantissa.
 _BITS: dict[torch.dtype, tuple[type[np.unsignedinteger[Any]], int, int]] = {
@@ -42,18 +43,19 @@ _VOLATILE = {
 }
 
 
-def content_hash(tensors: Iterable[TensorInfo], config: Mapping[str, Any], files: OpenFiles) -> str:
+def content_hash(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], files: OpenFiles) -> str:
     """Return the sha256 of a checkpoint's content; refuse NaN and infinity.
 
-    The hash covers, sorted by name, a line ``name dtype shape sha256(bytes)`` for each tensor, and the
-    canonical JSON of the config without the keys that say nothing about the model (versions, paths, the
-    declared dtype). It depends neither on the sharding nor on the folder. Every tensor is read once, in
-    chunks of 4 MiB.
+    The hash covers, sorted by canonical name, a line ``name dtype shape sha256(bytes)`` for each tensor, before
+    them the prefix of a multimodal model's language part, and the canonical JSON of the config without the keys
+    that say nothing about the model (versions, paths, the declared dtype). It depends neither on the sharding
+    nor on the folder. Every tensor is read once, in chunks of 4 MiB.
 
     Raises:
         CheckpointError: names the file, the first tensor with a non-finite value, and how many it has.
     """
-    ordered = sorted(tensors, key=lambda info: info.name)
+    names = sorted(tensors)
+    ordered = [tensors[name] for name in names]
     buffers = threading.local()
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         scans = list(pool.map(lambda info: _scan(info, files, buffers), ordered))
@@ -67,11 +69,11 @@ def content_hash(tensors: Iterable[TensorInfo], config: Mapping[str, Any], files
             "the checkpoint is broken, use another"
         )
     lines = [
-        f"{info.name} {DTYPE_NAMES[info.dtype]} {list(info.shape)} {digest}\n"
-        for info, (digest, _, _) in zip(ordered, scans, strict=True)
+        f"{name} {DTYPE_NAMES[info.dtype]} {list(info.shape)} {digest}\n"
+        for name, info, (digest, _, _) in zip(names, ordered, scans, strict=True)
     ]
     kept = {key: value for key, value in config.items() if key not in _VOLATILE}
-    text = "".join(lines) + json.dumps(kept, sort_keys=True)
+    text = language_prefix(tensors) + "".join(lines) + json.dumps(kept, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -79,7 +81,7 @@ def _scan(info: TensorInfo, files: OpenFiles, buffers: threading.local) -> tuple
     """Return a tensor's sha256 and its numbers of NaN and infinite values."""
     if not hasattr(buffers, "data"):
         buffers.data, buffers.exponent = np.empty(_CHUNK, np.uint8), np.empty(_CHUNK, np.uint8)
-    kind, exponent, mantissa = _BITS[info.dtype]
+    kind, exponent, mantissa = _BITS.get(info.dtype, (np.uint8, 0, 0))
     digest = hashlib.sha256()
     nans = infs = 0
     for start in range(0, info.nbytes, _CHUNK):
@@ -87,6 +89,8 @@ def _scan(info: TensorInfo, files: OpenFiles, buffers: threading.local) -> tuple
         data = buffers.data[:size]
         files.read_into(info.file, info.offset + start, memoryview(data))
         digest.update(data)
+        if not exponent:
+            continue
         bits, masked = data.view(kind), buffers.exponent[:size].view(kind)
         np.bitwise_and(bits, kind(exponent), out=masked)
         if masked.max() == exponent:
@@ -98,7 +102,7 @@ def _scan(info: TensorInfo, files: OpenFiles, buffers: threading.local) -> tuple
 
 
 def cached_content_hash(
-    tensors: Iterable[TensorInfo], config: Mapping[str, Any], files: OpenFiles, sources: Iterable[Path]
+    tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], files: OpenFiles, sources: Iterable[Path]
 ) -> str:
     """Return `content_hash`, from the cache on disk if none of the `sources` has changed since.
 

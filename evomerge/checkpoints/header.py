@@ -39,6 +39,7 @@ DTYPES: dict[str, torch.dtype] = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MERGEABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+COPYABLE = (*MERGEABLE, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 
 _MAX_HEADER = 100_000_000
 _LFS = b"version https://git-lfs"
@@ -49,7 +50,7 @@ class TensorInfo:
     """Where one tensor's bytes lie.
 
     Attributes:
-        name: canonical on-disk name.
+        name: on-disk name.
         shape: sizes of the dimensions.
         dtype: as stored.
         file: the safetensors file.

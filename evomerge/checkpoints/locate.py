@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from evomerge.checkpoints.tokenizer import CHAT_TEMPLATE_FILES, TOKENIZER_FILES
+from evomerge.checkpoints.tokenizer import CHAT_TEMPLATE_FILES, PROCESSOR_FILES, TOKENIZER_FILES
 from evomerge.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
@@ -23,6 +23,7 @@ _DOWNLOADED = (
     "generation_config.json",
     *TOKENIZER_FILES,
     *CHAT_TEMPLATE_FILES,
+    *PROCESSOR_FILES,
 )
 # Mistral's own format beside the Hugging Face one, and folders with other variants of the model.
 _NOT_DOWNLOADED = ("consolidated*.safetensors", "*/*.safetensors")

@@ -1,4 +1,4 @@
-"""Tensor identity: what a tensor's on-disk name says about its layer and its role.
+"""Tensor identity: what a tensor's canonical name says about its layer and its role.
 
 By rule from the components of the name, so that architectures need no table each.
 """
@@ -29,6 +29,9 @@ _MLP = {"mlp", "feed_forward", "ffn", "block_sparse_moe", "experts", "shared_exp
 _ROUTER = {"router", "shared_expert_gate"}
 _MIXER = {"mixer", "mamba", "ssm", "linear_attn", "linear_attention"}
 
+OUTSIDE = "outside:"
+"""Stands before the on-disk name of a tensor outside the language model (a vision tower, a projector)."""
+
 # Tensors that some checkpoints carry and that are recomputed from the config at load.
 _BUFFERS = re.compile(
     r"(^|\.)(rotary_emb\.(\w+_)?(inv_freq|cos_cached|sin_cached)|"
@@ -42,7 +45,7 @@ _CONV1D = re.compile(r"(^|\.)(c_attn|q_attn|c_proj|c_fc)\.weight$")
 
 @dataclass(frozen=True)
 class TensorName:
-    """One canonical on-disk tensor name, taken apart.
+    """One canonical tensor name, taken apart.
 
     Attributes:
         name: the full name, e.g. ``model.layers.3.self_attn.q_proj.weight``.
@@ -63,7 +66,9 @@ class TensorName:
 
 @lru_cache(maxsize=65536)
 def parse(name: str) -> TensorName:
-    """Take a tensor name apart."""
+    """Take a canonical tensor name apart; one outside the language model has no layer and the role ``other``."""
+    if is_outside(name):
+        return TensorName(name, "pre", "other", name)
     match = _LAYER.search(name)
     role = _role(name.split("."), in_layer=match is not None)
     if match is None:
@@ -77,6 +82,11 @@ def parse(name: str) -> TensorName:
 def is_buffer(name: str) -> bool:
     """Whether a tensor is a known buffer that no merge touches (inverse frequencies, causal masks)."""
     return _BUFFERS.search(name) is not None
+
+
+def is_outside(name: str) -> bool:
+    """Whether a canonical name is that of a tensor outside the language model."""
+    return name.startswith(OUTSIDE)
 
 
 def is_transposed(config: Mapping[str, Any], name: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,9 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from evomerge.checkpoints.completeness import check_complete, input_embedding, layer_count, output_head
+from evomerge.checkpoints.canonical import canonical
+from evomerge.checkpoints.completeness import (
+    check_complete,
+    input_embedding,
+    layer_count,
+    output_head,
+)
 from evomerge.checkpoints.content import cached_content_hash
-from evomerge.checkpoints.header import DTYPE_NAMES, MERGEABLE, TensorInfo, read_header
+from evomerge.checkpoints.header import COPYABLE, DTYPE_NAMES, MERGEABLE, TensorInfo, read_header
 from evomerge.checkpoints.locate import (
     ADAPTER_CONFIG,
     CONFIG_FILE,
@@ -26,7 +32,8 @@ from evomerge.checkpoints.locate import (
     find_adapter,
     is_adapter,
 )
-from evomerge.checkpoints.names import is_buffer
+from evomerge.checkpoints.model_config import text_config
+from evomerge.checkpoints.names import is_outside
 from evomerge.checkpoints.open_files import OpenFiles
 from evomerge.errors import CheckpointError, at
 
@@ -36,8 +43,19 @@ if TYPE_CHECKING:
 # Decoders that tie their embeddings where config.json does not say (transformers' defaults).
 _TIED_BY_DEFAULT = {
     *("bloom", "cohere", "cohere2", "ernie4_5", "ernie4_5_moe", "falcon", "falcon_mamba", "gemma", "gemma2"),
-    *("gemma3_text", "gemma3n_text", "gpt2", "gpt_bigcode", "gpt_neo", "lfm2", "lfm2_moe", "mamba", "mpt"),
-    *("opt", "recurrent_gemma", "smollm3", "starcoder2", "vaultgemma", "xglm", "zamba", "zamba2"),
+    *(
+        "gemma3",
+        "gemma3_text",
+        "gemma3n",
+        "gemma3n_text",
+        "gpt2",
+        "gpt_bigcode",
+        "gpt_neo",
+        "lfm2",
+        "lfm2_moe",
+    ),
+    *("mamba", "mpt", "opt", "paligemma", "recurrent_gemma", "smollm3", "starcoder2", "vaultgemma", "xglm"),
+    *("zamba", "zamba2"),
 }
 
 
@@ -54,8 +72,8 @@ class Checkpoint:
         name: what the user calls it.
         path: its folder, absolute.
         config: ``config.json``.
-        tensors: by canonical name, in order of file and offset; without known buffers, and without the head
-            where it is tied to the embedding.
+        tensors: by canonical name (see `evomerge.checkpoints.canonical`), in order of file and offset; without
+            known buffers, and without the head where it is tied to the embedding.
         tied: whether the head shares the embedding's weight.
         num_layers: number of layers.
     """
@@ -75,6 +93,11 @@ class Checkpoint:
         for info in self.tensors.values():
             sizes[info.dtype] += info.numel
         return sizes.most_common(1)[0][0]
+
+    @property
+    def text_config(self) -> Mapping[str, Any]:
+        """The language model's part of ``config.json``; the whole of it unless the model is multimodal."""
+        return text_config(self.config)
 
     @property
     def nbytes(self) -> int:
@@ -134,7 +157,7 @@ class Checkpoint:
             CheckpointError: a tensor has NaN or infinite values.
         """
         sources = {self.path / CONFIG_FILE, *(info.file for info in self.tensors.values())}
-        return cached_content_hash(self.tensors.values(), self.config, self._files, sources)
+        return cached_content_hash(self.tensors, self.config, self._files, sources)
 
     def check_finite(self) -> None:
         """Raise CheckpointError, naming file, tensor and count, if a weight is NaN or infinite."""
@@ -211,17 +234,14 @@ def _own_base(adapter: Adapter) -> Checkpoint:
 def _open_folder(path: Path, name: str) -> Checkpoint:
     config = _read_object(path / CONFIG_FILE)
     _refuse_quantised(path, config)
-    num_layers = layer_count(config, path / CONFIG_FILE)
-    infos = {}
-    for info in _read_files(path):
-        if is_buffer(info.name):
-            continue
-        if info.dtype not in MERGEABLE:
+    infos = canonical(_read_files(path), config)
+    for tensor, info in infos.items():
+        if info.dtype not in (COPYABLE if is_outside(tensor) else MERGEABLE):
             raise CheckpointError(
                 f"{info.file}: '{info.name}' has dtype {DTYPE_NAMES[info.dtype]}, which cannot be merged; "
                 "convert the checkpoint to bfloat16, float16 or float32"
             )
-        infos[info.name] = info
+    num_layers = layer_count(config, path / CONFIG_FILE, infos)
     tied = _is_tied(path, config, infos)
     check_complete(infos, config, tied=tied, place=path)
     checkpoint = Checkpoint(name, path, config, infos, tied, num_layers)
@@ -296,6 +316,8 @@ def _read_files(path: Path) -> Iterable[TensorInfo]:
 
 def _is_tied(path: Path, config: dict[str, Any], tensors: dict[str, TensorInfo]) -> bool:
     said = config.get("tie_word_embeddings")
+    if said is None:
+        said = text_config(config).get("tie_word_embeddings")
     if said is None:
         return config.get("model_type") in _TIED_BY_DEFAULT or output_head(tensors) is None
     if not isinstance(said, bool):

@@ -40,6 +40,9 @@ TOKENIZER_FILES = (
 CHAT_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja")
 """Files (patterns) that hold chat templates; older checkpoints keep theirs in ``tokenizer_config.json``."""
 
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+"""Files that say how a multimodal model's images, videos and sounds become its inputs."""
+
 _VOCABULARIES = (
     "tokenizer.json",
     "vocab.json",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import fcntl
 import glob
@@ -23,7 +24,8 @@ import torch
 
 from evomerge.checkpoints.header import build_header
 from evomerge.checkpoints.locate import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
-from evomerge.checkpoints.tokenizer import copy_tokenizer
+from evomerge.checkpoints.model_config import set_dtype
+from evomerge.checkpoints.tokenizer import PROCESSOR_FILES, copy_tokenizer
 from evomerge.errors import InfrastructureError, UserError
 
 Layout = Sequence[tuple[str, tuple[int, ...], torch.dtype]]
@@ -66,7 +68,8 @@ class CheckpointWriter:
         out: the folder to make; it must not exist, or be empty.
         layout: every tensor of the checkpoint (a tied head left out), in order.
         config: ``config.json``; its dtype is set to that of most weights.
-        donor: folder whose ``generation_config.json``, tokenizer and chat template are copied byte for byte.
+        donor: folder whose ``generation_config.json``, processor files, tokenizer and chat template are copied byte
+            for byte.
         tokenizer_donor: whose tokenizer, if not the donor's.
         chat_template_donor: whose chat template, if not that of the tokenizer's donor.
         max_shard_size: bytes of weights a file; a larger tensor has a file of its own.
@@ -234,8 +237,9 @@ class CheckpointWriter:
                 raise ValueError(f"'{name}': element {position} was not written")
 
     def _copy_companions(self) -> None:
-        if (self._donor / _GENERATION_CONFIG).is_file():
-            shutil.copyfile(self._donor / _GENERATION_CONFIG, self._folder / _GENERATION_CONFIG)
+        for name in (_GENERATION_CONFIG, *PROCESSOR_FILES):
+            if (self._donor / name).is_file():
+                shutil.copyfile(self._donor / name, self._folder / name)
         copy_tokenizer(self._folder, self._tokenizer_donor, self._chat_template_donor)
 
     def _write_structure(self) -> None:
@@ -256,8 +260,8 @@ class CheckpointWriter:
         sizes: Counter[torch.dtype] = Counter()
         for _, shape, dtype in self._layout:
             sizes[dtype] += math.prod(shape)
-        config = {key: value for key, value in self._config.items() if key != "torch_dtype"}
-        config["dtype"] = str(sizes.most_common(1)[0][0]).removeprefix("torch.")
+        config = copy.deepcopy(self._config)
+        set_dtype(config, sizes.most_common(1)[0][0])
         return config
 
     def _told(self, error: OSError) -> Exception:

@@ -54,6 +54,7 @@ __all__ = [
 ]
 
 RECIPE_FILE = "evomerge_recipe.yaml"
+COPIED_FILE = "evomerge_copied_tensors.txt"
 
 _log = logging.getLogger(__name__)
 
@@ -78,7 +79,8 @@ def merge(
     """Merge checkpoints as a recipe says and write the result as a Hugging Face checkpoint folder.
 
     The folder also gets `evomerge_recipe.yaml`, the recipe with the content hash of every parent: it makes
-    the same bytes again. Memory stays bounded by a few chunks per thread.
+    the same bytes again. Of a multimodal model the language model is merged and the rest copied from the
+    base; `evomerge_copied_tensors.txt` lists it. Memory stays bounded by a few chunks per thread.
 
     Args:
         recipe: a recipe, or the path of its YAML file; a mergekit YAML is read in mergekit's dialect.
@@ -144,11 +146,18 @@ def write_merge(
                 threads=threads or _cpus(),
                 stream=True,
             )
-            writer.commit({RECIPE_FILE: recipe.to_yaml()})
+            writer.commit({RECIPE_FILE: recipe.to_yaml(), **_copied_list(plan)})
     except CandidateFailed as failure:
         why = "; a parent is damaged or a parameter too large" if isinstance(failure, NonFinite) else ""
         raise CheckpointError(f"{out}: not written: {failure}{why}") from None
     return out
+
+
+def _copied_list(plan: MergePlan) -> dict[str, str]:
+    if not plan.copied:
+        return {}
+    lines = [f"# Outside the language model; copied from '{plan.donor}' as they are.", *plan.copied]
+    return {COPIED_FILE: "\n".join(lines) + "\n"}
 
 
 def open_parents(recipe: Recipe) -> dict[str, Checkpoint]:

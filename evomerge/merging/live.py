@@ -9,7 +9,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    GenerationConfig,
+    PretrainedConfig,
+)
 from transformers.initialization import no_init_weights
 
 from evomerge.checkpoints import Checkpoint
@@ -46,7 +52,7 @@ def live_model(
     try:
         built = AutoConfig.for_model(kind, **settings)
         with no_init_weights(), torch.device(device):
-            model = AutoModelForCausalLM.from_config(built, dtype=dtype, trust_remote_code=False)
+            model = _auto_class(built).from_config(built, dtype=dtype, trust_remote_code=False)
     except (ValueError, KeyError) as error:
         raise CheckpointError(
             f"model type '{kind}' cannot be built as a causal language model: {str(error).splitlines()[0]}"
@@ -57,6 +63,15 @@ def live_model(
     model.requires_grad_(False)
     model.eval()
     return model  # type: ignore[no-any-return]
+
+
+def _auto_class(config: PretrainedConfig) -> Any:
+    """Return the class that builds a model with a causal head: multimodal ones may have a class of their own."""
+    if type(config) in AutoModelForCausalLM._model_mapping:
+        return AutoModelForCausalLM
+    if type(config) in AutoModelForImageTextToText._model_mapping:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 class Materializer:

@@ -1,4 +1,4 @@
-"""Layer paths: the output's config, and residual scales folded into stock weights.
+"""Layer paths: which layers may follow one another, and residual scales folded into stock weights.
 
 A path is a list of hops (model or merge, layer, scale); scale w_t multiplies the residual stream that
 enters hop t: h_t = w_t h_{t-1} + A_t(n(w_t h_{t-1})) + M_t(n(·)). With P_t = w_1 … w_t and g_t = h_t / P_t a
@@ -9,14 +9,15 @@ up to the norms' epsilon, and the result is a stock checkpoint.
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from evomerge.checkpoints import Checkpoint
 from evomerge.checkpoints.compatibility import rope_settings
+from evomerge.checkpoints.completeness import layer_kind
+from evomerge.checkpoints.model_config import text_config
 from evomerge.checkpoints.names import parse
 from evomerge.errors import CheckpointError, UserError
 from evomerge.recipe import Hop
@@ -52,36 +53,6 @@ _INDIFFERENT = tuple(
     for leaf in ("weight", "bias")
 )
 
-_DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-
-# Config lists with one entry a layer, and lists of layer indices.
-_PER_LAYER = (
-    "layer_types",
-    "mlp_layer_types",
-    "layers_block_type",
-    "no_rope_layers",
-    "num_attention_heads_per_layer",
-    "num_key_value_heads_per_layer",
-    "attention_layers",
-)
-_INDICES = ("mlp_only_layers", "attn_layer_indices", "moe_layers", "full_attn_idxs")
-
-# Keys from which transformers derives a layer's kind by its index: the values for which all layers are alike,
-# and the per-layer list that takes precedence.
-_BY_INDEX: dict[str, tuple[tuple[int | None, ...], str]] = {
-    "sliding_window_pattern": ((None, 1), "layer_types"),
-    "full_attention_interval": ((None, 1), "layer_types"),
-    "global_attn_every_n_layers": ((None, 1), "layer_types"),
-    "num_kv_shared_layers": ((None, 0), ""),
-    "no_rope_layer_interval": ((None,), "no_rope_layers"),
-    "attn_layer_period": ((None, 1), "layers_block_type"),
-    "expert_layer_period": ((None, 1), ""),
-    "interleave_moe_layer_step": ((None, 1), "moe_layers"),
-    "decoder_sparse_step": ((None, 1), "mlp_layer_types"),
-    "first_k_dense_replace": ((None, 0), "mlp_layer_types"),
-}
-_SAME_WINDOW_TYPES = ("mistral", "mixtral", "phi3")
-
 # Config keys that change what a layer computes without showing in any shape.
 _ARITHMETIC = (
     "model_type",
@@ -105,8 +76,8 @@ class Folding:
     final_norm: float = 1.0
 
 
-def check_path(path: Sequence[Hop], donors: Sequence[Checkpoint]) -> None:
-    """Refuse hops beyond a model's layers, and hops whose layers cannot follow one another.
+def check_hops(path: Sequence[Hop], donors: Sequence[Checkpoint]) -> None:
+    """Refuse hops beyond a model's layers, and models whose configs cannot become one.
 
     Args:
         path: the hops.
@@ -118,17 +89,9 @@ def check_path(path: Sequence[Hop], donors: Sequence[Checkpoint]) -> None:
                 f"path.{index}.layer: '{hop.model or hop.merge}' has the layers 0 to {donor.num_layers - 1}, "
                 f"not {hop.layer}"
             )
-    first = donors[0]
-    wanted = _layer_shapes(first, path[0].layer)
-    for hop, donor in zip(path, donors, strict=True):
-        shapes = _layer_shapes(donor, hop.layer)
-        for stem in sorted(wanted.keys() | shapes.keys()):
-            if wanted.get(stem) != shapes.get(stem):
-                raise CheckpointError(
-                    f"{donor.path}: layer {hop.layer} cannot join the path: its '{stem}' is "
-                    f"{shapes.get(stem, 'missing')}, that of the first hop is {wanted.get(stem, 'missing')}"
-                )
-        ours, theirs = _arithmetic(first), _arithmetic(donor)
+    ours = _arithmetic(donors[0])
+    for donor in donors:
+        theirs = _arithmetic(donor)
         for key in ours:
             if key in theirs and ours[key] != theirs[key]:
                 raise CheckpointError(
@@ -137,26 +100,25 @@ def check_path(path: Sequence[Hop], donors: Sequence[Checkpoint]) -> None:
                 )
 
 
-def path_config(path: Sequence[Hop], donors: Sequence[Checkpoint]) -> dict[str, Any]:
-    """Return the first hop's config with the path's depth; per-layer lists follow their layers."""
-    configs = [_explicit_layer_types(donor) for donor in donors]
-    config = copy.deepcopy(configs[0])
-    depth = next((key for key in _DEPTH_KEYS if isinstance(config.get(key), int)), None)
-    if depth is None:
-        raise CheckpointError(
-            f"{donors[0].path}: config.json has no num_hidden_layers; a layer path needs it"
-        )
-    moved = any(hop.layer != index for index, hop in enumerate(path)) or len(path) != donors[0].num_layers
-    if moved:
-        for donor, donor_config in zip(donors, configs, strict=True):
-            _refuse_derived_kinds(donor, donor_config)
-    for key, value in configs[0].items():
-        if key in _INDICES and isinstance(value, list):
-            config[key] = [i for i, hop in enumerate(path) if hop.layer in (configs[i].get(key) or [])]
-        elif _is_per_layer(key, value, donors[0].num_layers):
-            config[key] = [_entry(donors[i], configs[i], key, hop.layer) for i, hop in enumerate(path)]
-    config[depth] = len(path)
-    return config
+def check_layers(path: Sequence[Hop], donors: Sequence[Checkpoint], config: Mapping[str, Any]) -> None:
+    """Refuse layers whose tensors are not those of the other layers of their kind.
+
+    Args:
+        path: the hops.
+        donors: for each hop the checkpoint with its tensor set.
+        config: the output's, which says each layer's kind.
+    """
+    wanted: dict[tuple[Any, ...], tuple[int, dict[str, tuple[int, ...]]]] = {}
+    for index, (hop, donor) in enumerate(zip(path, donors, strict=True)):
+        shapes = _layer_shapes(donor, hop.layer)
+        kind = layer_kind(text_config(config), index, len(path))
+        first, expected = wanted.setdefault(kind, (index, shapes))
+        for stem in sorted(expected.keys() | shapes.keys()):
+            if expected.get(stem) != shapes.get(stem):
+                raise CheckpointError(
+                    f"{donor.path}: layer {hop.layer} cannot join the path: its '{stem}' is "
+                    f"{shapes.get(stem, 'missing')}, that of hop {first} is {expected.get(stem, 'missing')}"
+                )
 
 
 def fold_scales(path: Sequence[Hop], donors: Sequence[Checkpoint]) -> tuple[Folding, tuple[str, ...]]:
@@ -206,7 +168,8 @@ def _layer_shapes(donor: Checkpoint, layer: int) -> dict[str, tuple[int, ...]]:
 
 def _arithmetic(donor: Checkpoint) -> dict[str, Any]:
     """Return the config values that decide what a layer computes, where the config gives them."""
-    values = {key: donor.config.get(key) for key in _ARITHMETIC} | rope_settings(donor.config)
+    text = donor.text_config
+    values = {key: text.get(key) for key in _ARITHMETIC} | rope_settings(text)
     return {key: value for key, value in values.items() if value is not None}
 
 
@@ -216,7 +179,7 @@ def _check_foldable(donor: Checkpoint, hop: Hop, index: int) -> str:
     prefix = next(iter(stems)).split("{}")[0] + "{}."
     names = {stem.removeprefix(prefix) for stem in stems}
     odd = sorted(names - {*_OUTPUTS, *_NORMS, *_INDIFFERENT}) or sorted(set(_REQUIRED) - names)
-    kind = donor.config.get("model_type")
+    kind = donor.text_config.get("model_type")
     if odd or kind not in FOLDABLE_TYPES:
         why = f"its layers differ in '{odd[0]}'" if odd else f"model type '{kind}' is not known to be one"
         raise UserError(
@@ -224,57 +187,3 @@ def _check_foldable(donor: Checkpoint, hop: Hop, index: int) -> str:
             f"family; {why}; use scale 1"
         )
     return prefix
-
-
-def _is_per_layer(key: str, value: Any, num_layers: int) -> bool:
-    if not isinstance(value, list) or len(value) != num_layers:
-        return False
-    return key in _PER_LAYER or ("layer" in key and all(isinstance(v, str | int | float) for v in value))
-
-
-def _entry(donor: Checkpoint, config: dict[str, Any], key: str, layer: int) -> Any:
-    value = config.get(key)
-    if not isinstance(value, list) or layer >= len(value):
-        raise CheckpointError(
-            f"{donor.path}: config key '{key}' has no entry for layer {layer}, as the path's first model has"
-        )
-    return value[layer]
-
-
-def _explicit_layer_types(donor: Checkpoint) -> dict[str, Any]:
-    """Write out the `layer_types` that Qwen configs leave to `max_window_layers`, a rule by layer index."""
-    config = donor.config
-    window = config.get("use_sliding_window") and config.get("sliding_window")
-    if config.get("layer_types") is not None or not window or "max_window_layers" not in config:
-        return config
-    types = [
-        "sliding_attention" if layer >= config["max_window_layers"] else "full_attention"
-        for layer in range(donor.num_layers)
-    ]
-    return {**config, "layer_types": types}
-
-
-def _refuse_derived_kinds(donor: Checkpoint, config: dict[str, Any]) -> None:
-    """Refuse configs that say by a layer's index what kind it is: moved layers would change their kind."""
-    reason = next(
-        (
-            key
-            for key, (plain, precedence) in _BY_INDEX.items()
-            if config.get(key) not in plain and not isinstance(config.get(precedence), list)
-        ),
-        None,
-    )
-    if (
-        reason is None
-        and not isinstance(config.get("layer_types"), list)
-        and config.get("sliding_window")
-        and config.get("use_sliding_window", True)
-        and config.get("model_type") not in _SAME_WINDOW_TYPES
-    ):
-        reason = "sliding_window"
-    if reason is not None:
-        raise CheckpointError(
-            f"{donor.path}: config key '{reason}' gives layers their kind by index, so moved layers "
-            "would change; save the model with a current transformers, which writes the kinds down, or keep "
-            "all layers in order"
-        )

@@ -16,11 +16,14 @@ import torch
 
 from evomerge.checkpoints import Checkpoint
 from evomerge.checkpoints.aligned import AlignedCheckpoint, source_name
+from evomerge.checkpoints.canonical import language_prefix, outside_parts, written_name
 from evomerge.checkpoints.completeness import output_head
 from evomerge.checkpoints.header import MERGEABLE
-from evomerge.checkpoints.names import is_buffer, parse
+from evomerge.checkpoints.model_config import set_dtype, set_rows, set_tied
+from evomerge.checkpoints.names import is_outside, parse
 from evomerge.errors import CheckpointError, UserError, nearest
-from evomerge.merging.paths import check_path, fold_scales, path_config
+from evomerge.merging.layer_config import path_config
+from evomerge.merging.paths import check_hops, check_layers, fold_scales
 from evomerge.merging.vocabulary import OutputVocabulary, donor_of, ends, head_of, output_vocabulary, voters
 from evomerge.methods import MaskKey
 from evomerge.methods.registry import Parameter, get_method
@@ -29,18 +32,16 @@ from evomerge.settings import depth_of
 
 JobValue = float | bool | str | tuple[float, ...]
 
-_NESTED = ("text_config", "llm_config", "language_config")
-
 
 @dataclass(frozen=True)
 class TensorJob:
     """How one output tensor is made.
 
     Attributes:
-        name: the output tensor.
+        name: the output tensor, as it is called on disk.
         shape: its shape, equal to that of every input.
         dtype: its number format; the result is rounded to it once.
-        source: the tensor's name in the inputs and the base. Differs from `name` in a layer path.
+        source: the tensor's canonical name in the inputs and the base.
         sources: its name in those inputs where it is neither: (input, name) in a path that takes another
             layer of them.
         inputs: names of the models that are read, in the merge's order.
@@ -101,6 +102,7 @@ class MergePlan:
         chat_template: name of the model whose chat template goes along, or None for the tokenizer's own.
         views: models with other rows of embedding and head than they have on disk, by `TensorJob.view` and name.
         warnings: what the user should know, one sentence each.
+        copied: output tensors outside the language model, which are the donor's.
     """
 
     config: dict[str, Any]
@@ -111,6 +113,7 @@ class MergePlan:
     chat_template: str | None = None
     views: Mapping[str, Mapping[str, Checkpoint]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    copied: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -148,16 +151,17 @@ def plan_merge(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> MergePl
         name = next(iter(recipe.merges))
         donor = planner.donor(name)
         count = checkpoints[donor].num_layers
-        names = [tensor for tensor in checkpoints[donor].tensors if not is_buffer(tensor)]
+        names = list(checkpoints[donor].tensors)
         jobs = [planner.job(name, tensor, depth=_depth(tensor, count)) for tensor in planner.with_head(names)]
         config = copy.deepcopy(checkpoints[donor].config)
     else:
         jobs, config, donor, warnings = _plan_path(recipe, checkpoints, planner)
-    config["tie_word_embeddings"] = planner.head is None
-    _set_rows(config, planner.vocabulary.rows)
+    set_tied(config, planner.head is None)
+    set_rows(config, planner.vocabulary.rows)
     dtype = _main_dtype(jobs)
-    config.pop("torch_dtype", None)
-    config["dtype"] = str(dtype).removeprefix("torch.")
+    set_dtype(config, dtype)
+    prefix = language_prefix(checkpoints[donor].tensors)
+    jobs = [replace(job, name=written_name(job.name, prefix)) for job in jobs]
     return MergePlan(
         config=config,
         jobs=tuple(jobs),
@@ -166,15 +170,20 @@ def plan_merge(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> MergePl
         vocabulary=planner.vocabulary,
         chat_template=recipe.output.chat_template,
         views=planner.views,
-        warnings=(*warnings, *planner.vocabulary.warnings),
+        warnings=(*warnings, *planner.vocabulary.warnings, *_outside_copied(donor, checkpoints[donor])),
+        copied=tuple(job.name for job in jobs if is_outside(job.source)),
     )
 
 
-def _set_rows(config: dict[str, Any], rows: int) -> None:
-    """Write the number of rows of the embedding where the config tells it."""
-    places = [config, *(config[key] for key in _NESTED if isinstance(config.get(key), dict))]
-    for place in [place for place in places if "vocab_size" in place] or [config]:
-        place["vocab_size"] = rows
+def _outside_copied(name: str, donor: Checkpoint) -> list[str]:
+    parts = outside_parts(tensor for tensor in donor.tensors if is_outside(tensor))
+    if not parts:
+        return []
+    said = ", ".join(f"{part} ({count})" for part, count in parts.items())
+    return [
+        f"the {sum(parts.values())} tensors outside the language model are copied from '{name}' as they are: "
+        f"{said}"
+    ]
 
 
 def _plan_path(
@@ -183,7 +192,9 @@ def _plan_path(
     path = recipe.path or ()
     sources = [str(hop.model or hop.merge) for hop in path]
     donors = [checkpoints[planner.donor(source)] for source in sources]
-    check_path(path, donors)
+    check_hops(path, donors)
+    config = path_config(path, donors)
+    check_layers(path, donors, config)
     factors, warnings = fold_scales(path, donors)
     first, last = donors[0], donors[-1]
     counts = Counter(sources)
@@ -210,7 +221,7 @@ def _plan_path(
         planner.job(sources[-1], name, factor=factors.final_norm if parse(name).role == "norm" else 1.0)
         for name in planner.with_head(_at(last, "post"))
     ]
-    return jobs, path_config(path, donors), planner.donor(sources[0]), warnings
+    return jobs, config, planner.donor(sources[0]), warnings
 
 
 def _check_layers(index: int, hop: Hop, checkpoints: Mapping[str, Checkpoint]) -> None:
@@ -229,7 +240,7 @@ def _depth(tensor: str, count: int) -> float:
 
 
 def _at(checkpoint: Checkpoint, position: int | str) -> list[str]:
-    return [name for name in checkpoint.tensors if parse(name).position == position and not is_buffer(name)]
+    return [name for name in checkpoint.tensors if parse(name).position == position]
 
 
 class _Planner:
@@ -290,13 +301,13 @@ class _Planner:
         copied = TensorJob(
             name=output or tensor,
             shape=tuple(read.shape),
-            dtype=self._dtype or info.dtype,
+            dtype=info.dtype if is_outside(tensor) else self._dtype or info.dtype,
             source=tensor,
-            inputs=(source,),
+            inputs=(self.donor(source),),
             factor=factor,
             view=view,
         )
-        if source in self._recipe.models:
+        if source in self._recipe.models or is_outside(tensor):
             job = copied
         else:
             name = parse(tensor)
@@ -344,7 +355,7 @@ class _Planner:
                     f"{checkpoint.path}: tensor '{name}' has shape {tuple(info.shape)}, "
                     f"the output's is {job.shape}"
                 )
-            if info.dtype not in MERGEABLE:
+            if info.dtype not in MERGEABLE and not is_outside(name):
                 raise CheckpointError(
                     f"{checkpoint.path}: tensor '{name}' is {str(info.dtype).removeprefix('torch.')}; "
                     "quantised checkpoints cannot be merged, give the original weights"

@@ -18,7 +18,7 @@ import numpy as np
 
 from evomerge.checkpoints import Checkpoint
 from evomerge.checkpoints.aligned import Alignment, Fill, Rows, align, with_head
-from evomerge.checkpoints.completeness import input_embedding, output_head, vocabulary_tensors
+from evomerge.checkpoints.completeness import head_name, input_embedding, output_head, vocabulary_tensors
 from evomerge.checkpoints.tokenizer import (
     copy_tokenizer,
     has_tokenizer,
@@ -28,8 +28,6 @@ from evomerge.checkpoints.tokenizer import (
 from evomerge.errors import CheckpointError
 from evomerge.methods.registry import get_method
 from evomerge.recipe import Recipe
-
-HEAD = "lm_head.weight"
 
 _SHOWN = 3
 
@@ -72,7 +70,7 @@ def head_of(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> str | None
     if same and any(model.tied for model in models) and all(m.repeats_embedding for m in models):
         return None
     heads = (output_head(model.tensors) for model in models if not model.tied)
-    return next((head for head in heads if head is not None), HEAD)
+    return next((head for head in heads if head is not None), head_name(models[0].text_config))
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,7 @@ def decide_engine(config: Config, base: Checkpoint) -> Config:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     tokens = default_batch_tokens(device) if engine.batch_tokens == "auto" else engine.batch_tokens
-    length = engine.max_length or int(base.config.get("max_position_embeddings") or 2048)
+    length = engine.max_length or int(base.text_config.get("max_position_embeddings") or 2048)
     decided = engine.model_copy(update={"device": device, "batch_tokens": tokens, "max_length": length})
     return config.model_copy(update={"engine": decided})
 

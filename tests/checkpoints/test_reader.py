@@ -193,8 +193,8 @@ class TestConfig:
         edit_json(model / "config.json", lambda config: config.pop("num_hidden_layers"))
         with pytest.raises(CheckpointError, match=r"config.json: num_hidden_layers: this key is missing"):
             open_checkpoint(str(model))
-        edit_json(model / "config.json", lambda config: config.update(text_config={}))
-        with pytest.raises(CheckpointError, match="multimodal"):
+        edit_json(model / "config.json", lambda config: config.update(text_config={"num_hidden_layers": 0}))
+        with pytest.raises(CheckpointError, match=r"text_config.num_hidden_layers: 0 is not a positive"):
             open_checkpoint(str(model))
 
 

@@ -1,0 +1,160 @@
+"""The config of a layer path: every setting that a config makes per layer follows its layer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from evomerge.checkpoints import Checkpoint
+from evomerge.checkpoints.model_config import nested_key
+from evomerge.errors import CheckpointError
+from evomerge.recipe import Hop
+
+_DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+
+# Config lists with one entry a layer, and lists of layer indices.
+_PER_LAYER = (
+    "layer_types",
+    "mlp_layer_types",
+    "layers_block_type",
+    "no_rope_layers",
+    "num_attention_heads_per_layer",
+    "num_key_value_heads_per_layer",
+    "attention_layers",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "activation_sparsity_pattern",
+)
+_INDICES = ("mlp_only_layers", "attn_layer_indices", "moe_layers", "full_attn_idxs")
+
+# Keys from which transformers derives a layer's kind by its index: the values for which all layers are alike,
+# and the per-layer list that takes precedence.
+_BY_INDEX: dict[str, tuple[tuple[Any, ...], str]] = {
+    "sliding_window_pattern": ((None, 1), "layer_types"),
+    "full_attention_interval": ((None, 1), "layer_types"),
+    "global_attn_every_n_layers": ((None, 1), "layer_types"),
+    "num_kv_shared_layers": ((None, 0), ""),
+    "no_rope_layer_interval": ((None,), "no_rope_layers"),
+    "attn_layer_period": ((None, 1), "layers_block_type"),
+    "expert_layer_period": ((None, 1), ""),
+    "interleave_moe_layer_step": ((None, 1), "moe_layers"),
+    "decoder_sparse_step": ((None, 1), "mlp_layer_types"),
+    "attention_types": ((None,), ""),
+    "scale_attn_by_inverse_layer_idx": ((None, False), ""),
+}
+_SAME_WINDOW_TYPES = ("mistral", "mixtral", "phi3", "qwen3_moe", "starcoder2")
+
+# Model types whose layers attend to a window from `max_window_layers` on, with that key's default.
+_WINDOW_FROM = {"qwen2": 28, "qwen2_moe": 28, "qwen3": 28}
+# Model types of which every n-th layer attends to everything and the others to a window.
+_FULL_EVERY = {"gemma2": 2, "gemma3_text": 6, "cohere2": 4, "olmo3": 4}
+# Model types with `mlp_only_layers` beside `decoder_sparse_step`.
+_SPARSE_STEP = ("qwen2_moe", "qwen3_moe", "qwen3_next")
+_FIRST_DENSE = "first_k_dense_replace"
+
+
+def path_config(path: Sequence[Hop], donors: Sequence[Checkpoint]) -> dict[str, Any]:
+    """Return the first hop's config with the path's depth; per-layer settings follow their layers.
+
+    Args:
+        path: the hops.
+        donors: for each hop the checkpoint with its tensor set and config.
+
+    Raises:
+        CheckpointError: a config says by a layer's index what kind it is, in a way that no other order can say.
+    """
+    config = copy.deepcopy(donors[0].config)
+    texts = [_explicit_kinds(donor) for donor in donors]
+    text: dict[str, Any] = copy.deepcopy(texts[0])
+    moved = any(hop.layer != index for index, hop in enumerate(path)) or len(path) != donors[0].num_layers
+    if moved:
+        for donor, donor_text in zip(donors, texts, strict=True):
+            _refuse_derived_kinds(donor, donor_text)
+    for key, value in texts[0].items():
+        if key in _INDICES and isinstance(value, list):
+            text[key] = [i for i, hop in enumerate(path) if hop.layer in (texts[i].get(key) or [])]
+        elif _is_per_layer(key, value, donors[0].num_layers):
+            text[key] = [_entry(donors[i], texts[i], key, hop.layer) for i, hop in enumerate(path)]
+    if any(donor_text.get(_FIRST_DENSE) for donor_text in texts):
+        text[_FIRST_DENSE] = _leading_dense(path, donors, texts)
+    depth = next((key for key in _DEPTH_KEYS if isinstance(text.get(key), int)), _DEPTH_KEYS[0])
+    text[depth] = len(path)
+    nested = nested_key(config)
+    return text if nested is None else {**config, nested: text}
+
+
+def _is_per_layer(key: str, value: Any, num_layers: int) -> bool:
+    if not isinstance(value, list) or len(value) != num_layers:
+        return False
+    return key in _PER_LAYER or ("layer" in key and all(isinstance(v, str | int | float) for v in value))
+
+
+def _entry(donor: Checkpoint, config: Mapping[str, Any], key: str, layer: int) -> Any:
+    value = config.get(key)
+    if not isinstance(value, list) or layer >= len(value):
+        raise CheckpointError(
+            f"{donor.path}: config key '{key}' has no entry for layer {layer}, as the path's first model has"
+        )
+    return value[layer]
+
+
+def _leading_dense(
+    path: Sequence[Hop], donors: Sequence[Checkpoint], texts: Sequence[Mapping[str, Any]]
+) -> int:
+    dense = [hop.layer < (text.get(_FIRST_DENSE) or 0) for hop, text in zip(path, texts, strict=True)]
+    count = sum(dense)
+    if not all(dense[:count]):
+        index = next(i for i in range(len(path)) if dense[i] != (i < count))
+        raise CheckpointError(
+            f"{donors[index].path}: config key '{_FIRST_DENSE}' makes the first layers dense, so in a path all "
+            f"dense layers must come first; hop {index} is out of order"
+        )
+    return count
+
+
+def _explicit_kinds(donor: Checkpoint) -> dict[str, Any]:
+    """Return the language model's config with what it derives from a layer's index written out per layer."""
+    text = dict(donor.text_config)
+    kind, count = str(text.get("model_type")), donor.num_layers
+    if kind in _WINDOW_FROM and text.get("use_sliding_window") and text.get("sliding_window"):
+        first = text.get("max_window_layers", _WINDOW_FROM[kind])
+        kinds = ["sliding_attention" if layer >= first else "full_attention" for layer in range(count)]
+        text["layer_types"] = text.get("layer_types") or kinds
+    if kind in _FULL_EVERY:
+        every = text.get("sliding_window_pattern") or text.get("_sliding_window_pattern") or _FULL_EVERY[kind]
+        kinds = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(count)]
+        text["layer_types"] = text.get("layer_types") or kinds
+    step = text.get("decoder_sparse_step") or 1
+    if kind in _SPARSE_STEP and step > 1:
+        dense = text.get("mlp_only_layers") or []
+        text["mlp_only_layers"] = [i for i in range(count) if i in dense or (i + 1) % step]
+        text["decoder_sparse_step"] = 1
+    return text
+
+
+def _refuse_derived_kinds(donor: Checkpoint, text: Mapping[str, Any]) -> None:
+    """Refuse configs that say by a layer's index what kind it is: moved layers would change their kind."""
+    reason = next(
+        (
+            key
+            for key, (plain, precedence) in _BY_INDEX.items()
+            if text.get(key) not in plain and not isinstance(text.get(precedence), list)
+        ),
+        None,
+    )
+    if (
+        reason is None
+        and not isinstance(text.get("layer_types"), list)
+        and text.get("sliding_window")
+        and text.get("use_sliding_window", True)
+        and text.get("model_type") not in _SAME_WINDOW_TYPES
+    ):
+        reason = "sliding_window"
+    if reason is not None:
+        raise CheckpointError(
+            f"{donor.path}: config key '{reason}' gives layers their kind by index, so moved layers "
+            "would change; save the model with a current transformers, which writes the kinds down, or keep "
+            "all layers in order"
+        )
