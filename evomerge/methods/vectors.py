@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from evomerge.errors import CandidateFailed
-from evomerge.methods.kernels import DeltaCombination, Sparse, Values, active, combine, dense
+from evomerge.methods.kernels import (
+    DeltaCombination,
+    Sparse,
+    Values,
+    active,
+    combine,
+    dense,
+    fused_combination,
+)
+from evomerge.methods.native import Fused
 from evomerge.methods.operands import Chunk, Operands
 from evomerge.methods.reductions import Basis, Gram, gram
 
@@ -96,8 +105,9 @@ def vector_grams(operands: Operands, basis: Basis, layout: Layout) -> Gram:
     count = len(operands.inputs)
     dim = 1 if layout.axis == "out" else 0
     pairs = [(i, j) for i in range(count) for j in range(i, count)]
-    sums = torch.zeros(len(pairs), layout.vectors, dtype=torch.float64)
-    rows = torch.empty(count + 2, min(operands.size, _BLOCK), dtype=torch.float64)
+    device = operands.device
+    sums = torch.zeros(len(pairs), layout.vectors, dtype=torch.float64, device=device)
+    rows = torch.empty(count + 2, min(operands.size, _BLOCK), dtype=torch.float64, device=device)
     for across, down in layout.blocks():
         height, width = across.stop - across.start, down.stop - down.start
         start = across.start * layout.columns + down.start
@@ -108,7 +118,7 @@ def vector_grams(operands: Operands, basis: Basis, layout: Layout) -> Gram:
             part = total[across] if dim else total[down]
             part.add_(_folded(product.view(height, width), dim))
     matrix = np.empty((layout.vectors, count, count))
-    for total, (i, j) in zip(sums.numpy(), pairs, strict=True):
+    for total, (i, j) in zip(sums.cpu().numpy(), pairs, strict=True):
         matrix[:, i, j] = matrix[:, j, i] = total
     return matrix
 
@@ -199,6 +209,8 @@ class VectorCombination:
         with np.errstate(all="ignore"):
             found = self.coefficients(products, values)
         coefficients = torch.from_numpy(np.ascontiguousarray(found.T))
+        if layout.axis != "none":
+            coefficients = coefficients.to(operands.device)
         return _Plan(layout, coefficients, deltas, dense(operands, values))
 
     def apply(self, plan: _Plan, chunk: Chunk, out: Tensor) -> None:
@@ -218,3 +230,13 @@ class VectorCombination:
                 factor = plan.layout.spread(each, chunk.start, chunk.row("factor"))
                 part = chunk.delta(k) if plan.deltas else chunk.input(k)
                 out.add_(factor.mul_(part))
+
+    def fused(self, plan: _Plan) -> Fused | None:
+        if plan.layout.axis != "none":
+            return None
+        whole = plan.coefficients[:, 0].tolist()
+        return (
+            _DELTAS.fused((plan.sparse, active(whole, plan.sparse)))
+            if plan.deltas
+            else fused_combination(whole)
+        )
