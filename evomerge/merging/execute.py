@@ -145,6 +145,7 @@ def _chunks(
         chunk=chunk,
         dialect=job.dialect,
         shape=job.shape,
+        transposed=job.transposed,
     )
     for start, values in merged:
         if job.factor != 1.0:

@@ -20,7 +20,7 @@ from evomerge.checkpoints.canonical import language_prefix, outside_parts, writt
 from evomerge.checkpoints.completeness import output_head
 from evomerge.checkpoints.header import MERGEABLE
 from evomerge.checkpoints.model_config import set_dtype, set_rows, set_tied
-from evomerge.checkpoints.names import is_outside, parse
+from evomerge.checkpoints.names import is_outside, is_transposed, parse
 from evomerge.errors import CheckpointError, UserError, nearest
 from evomerge.merging.layer_config import path_config
 from evomerge.merging.paths import check_hops, check_layers, fold_scales
@@ -52,6 +52,7 @@ class TensorJob:
         masks: key of the random masks of methods that draw some.
         factor: multiplied in before the rounding (folded scales of a layer path).
         view: key of `MergePlan.views` where the models are read in another form than they are stored.
+        transposed: whether a layer's matrix is kept as (in, out) instead of (out, in).
     """
 
     name: str
@@ -67,6 +68,7 @@ class TensorJob:
     factor: float = 1.0
     sources: tuple[tuple[str, str], ...] = ()
     view: str = ""
+    transposed: bool = False
 
     def source_in(self, model: str) -> str:
         """Return the tensor's name in one of the models."""
@@ -306,6 +308,7 @@ class _Planner:
             inputs=(self.donor(source),),
             factor=factor,
             view=view,
+            transposed=is_transposed(self._checkpoints[self.donor(source)].config, tensor),
         )
         if source in self._recipe.models or is_outside(tensor):
             job = copied

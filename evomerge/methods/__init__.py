@@ -3,7 +3,9 @@
 from evomerge.methods import (
     dare,
     fisher,
+    isotropic,
     karcher,
+    knots,
     linear,
     model_stock,
     multislerp,
@@ -12,6 +14,8 @@ from evomerge.methods import (
     slerp,
     task_arithmetic,
     ties,
+    tsv,
+    wudi,
 )
 from evomerge.methods.cache import TensorCache
 from evomerge.methods.chunks import TensorMerge, merge_chunks
@@ -31,7 +35,9 @@ __all__ = [
     "dare",
     "fisher",
     "get_method",
+    "isotropic",
     "karcher",
+    "knots",
     "linear",
     "merge_chunks",
     "methods_table",
@@ -42,4 +48,6 @@ __all__ = [
     "slerp",
     "task_arithmetic",
     "ties",
+    "tsv",
+    "wudi",
 ]

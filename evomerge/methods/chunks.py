@@ -38,6 +38,7 @@ class TensorMerge:
         shape: of the tensor, for methods that see rows or matrices; by default that of the first input.
         statistics: one per input, which the method weighs the inputs with; a bare tensor (a diagonal Fisher
             information, a Gram matrix of a layer's inputs) counts as the whole model's. None where there is none.
+        transposed: whether a layer's matrix is kept as (in, out) instead of (out, in).
         factor: multiplied in before the rounding.
 
     Attributes:
@@ -62,6 +63,7 @@ class TensorMerge:
         dialect: str = "paper",
         shape: Sequence[int] | None = None,
         statistics: Sequence[Statistic | Tensor] | None = None,
+        transposed: bool = False,
         factor: float = 1.0,
     ) -> None:
         chosen = get_method(method)
@@ -80,6 +82,7 @@ class TensorMerge:
             key,
             shape=shape,
             statistics=statistics,
+            transposed=transposed,
         )
         self.size = self._operands.size
         self.dtype = self._operands.dtype

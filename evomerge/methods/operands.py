@@ -34,6 +34,7 @@ class Operands:
         size: n.
         shape: of the tensor before it was flattened.
         statistics: one per input (`evomerge.methods.statistics`), or none at all.
+        transposed: whether a layer's matrix is kept as (in, out) instead of (out, in).
         dtype: of the arithmetic: float64 if any operand is, else float32.
         device: where the operands are and the arithmetic is done.
         masks: what random masks depend on, or None.
@@ -52,6 +53,7 @@ class Operands:
         *,
         shape: Sequence[int] | None = None,
         statistics: Sequence[Any] | None = None,
+        transposed: bool = False,
     ) -> None:
         everything = [*inputs] if base is None else [base, *inputs]
         for tensor in everything:
@@ -70,6 +72,7 @@ class Operands:
         self.device = everything[0].device
         self.shape = tuple(inputs[0].shape if shape is None else shape)
         self.statistics = None if statistics is None else tuple(statistics)
+        self.transposed = transposed
         self.dtype = torch.float64 if any(t.dtype == torch.float64 for t in everything) else torch.float32
         self.masks = masks
         self._cache = cache

@@ -14,6 +14,7 @@ from evomerge.methods import MaskKey, Parameter, all_methods, get_method
 from tests.methods import oracle
 
 OWN_VALUES: dict[str, dict[str, Any]] = {
+    "wudi": {"steps": 5},
     "ties": {"density": (0.3, 0.4)},
 }
 """Values of a method in place of those that `_value` makes up."""

@@ -26,6 +26,7 @@ def merge(
     chunk: int = 1 << 18,
     dialect: str = "paper",
     statistics: Sequence[Any] | None = None,
+    transposed: bool = False,
     **values: Any,
 ) -> torch.Tensor:
     """Run `merge_chunks` and put its chunks together; parameter `lambda` is spelt ``lambda_``."""
@@ -42,6 +43,7 @@ def merge(
         chunk=chunk,
         dialect=dialect,
         statistics=statistics,
+        transposed=transposed,
     ):
         assert start == expected
         assert part.dim() == 1

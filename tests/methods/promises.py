@@ -54,7 +54,14 @@ PROMISES: dict[str, Promise] = {
     "dare_ties": Promise(constant(weight=1.0, density=1.0), NO_LAMBDA),
     "dare_ties-mergekit": Promise(fractions(density=1.0), NO_LAMBDA, variants=({"density": 0.4},)),
     "fisher": Promise(any_values),
+    "iso_c": Promise(None, NO_LAMBDA),
+    "iso_cts": Promise(None, NO_LAMBDA, variants=({"common_space_fraction": 0.3},)),
     "karcher": Promise(any_values),
+    "knots": Promise(
+        constant(weight=1.0, density=1.0),
+        NO_LAMBDA,
+        variants=({"inner": "dare_ties", "density": 0.4},),
+    ),
     "linear": Promise(any_values),
     "model_stock": Promise(any_values, variants=({"filter_wise": True},)),
     "multislerp": Promise(any_values),
@@ -75,6 +82,13 @@ PROMISES: dict[str, Promise] = {
     ),
     "ties-mergekit": Promise(
         constant(weight=1.0, density=1.0), NO_LAMBDA, variants=({"rescale": True, "density": 0.4},)
+    ),
+    "tsv_m": Promise(lambda count: {"weight": 1.0, "rank": float(count)}, NO_LAMBDA),
+    "wudi": Promise(
+        constant(weight=1.0, solver="closed_form", ridge=0.0),
+        NO_LAMBDA,
+        scales=False,
+        variants=({"solver": "closed_form"}, {"solver": "closed_form", "ridge": 0.1}),
     ),
 }
 """By method, or by ``method-dialect`` where a dialect promises something else."""

@@ -59,7 +59,7 @@ def test_the_base_is_an_input_of_mergekits_slerp() -> None:
 
 def test_what_draws_masks_says_so() -> None:
     for name, method in all_methods().items():
-        assert method.random == name.startswith(("dare", "della")), name
+        assert method.random == name.startswith(("dare", "della", "knots")), name
 
 
 def test_a_name_can_be_taken_once() -> None:
