@@ -309,7 +309,9 @@ class _Merged:
         self._rows = rows
         self._last: tuple[int, Tensor] = (-1, torch.empty(0))
         if deltas.turned:
-            whole = torch.empty(deltas.operands.shape, dtype=deltas.operands.dtype)
+            whole = torch.empty(
+                deltas.operands.shape, dtype=deltas.operands.dtype, device=deltas.operands.device
+            )
             for start in range(0, deltas.shape[0], deltas._height):
                 block = self._rows(deltas.rows(start), start)
                 whole[:, start : start + len(block)].copy_(block.T)
