@@ -117,6 +117,28 @@ def _parser() -> argparse.ArgumentParser:
         "--max-shard-size", default="5GB", metavar="SIZE", help="of a weights file (default: 5GB)"
     )
 
+    sub = command(
+        "extract-lora", _extract_lora, "write what a fine-tune changed as a LoRA adapter", _EXTRACT_HELP
+    )
+    sub.add_argument("model", metavar="MODEL", help="the fine-tune: a folder or hub id")
+    sub.add_argument("base", metavar="BASE", help="what it was trained from")
+    sub.add_argument("out", type=Path, metavar="OUT", help="PEFT folder to write; must not exist")
+    sub.add_argument("--rank", type=int, required=True, metavar="R", help="rank of the factors")
+    sub.add_argument(
+        "--error",
+        type=float,
+        default=0.0,
+        metavar="E",
+        help="relative error at which a smaller rank is enough",
+    )
+    sub.add_argument("--alpha", type=float, metavar="A", help="lora_alpha (default: the rank)")
+    sub.add_argument("--dtype", default="float32", help="of the factors (default: float32)")
+    sub.add_argument(
+        "--save-rest", action="store_true", help="write embeddings, norms and biases that changed whole"
+    )
+    sub.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    sub.add_argument("--json", action="store_true", help="one JSON object on stdout")
+
     sub = command("evaluate", _evaluate, "score a model or a recipe on a config's suite", _EVALUATE_HELP)
     sub.add_argument("model", metavar="MODEL_OR_RECIPE", help="model folder, recipe file or run directory")
     sub.add_argument("--config", type=Path, required=True, metavar="CONFIG", help="whose suite is used")
@@ -182,6 +204,15 @@ a list of values over depth, or entries for tensors whose name contains a text:
   weight: {maths: [0.2, 0.8], code: [{filter: self_attn, value: 0.3}, {value: 0.6}]}
 
 A mergekit YAML is merged as mergekit would, in float32; what differs is said on stderr.
+"""
+_EXTRACT_HELP = """\
+examples:
+  evomerge extract-lora ./my-model ./base my-lora --rank 32
+  evomerge extract-lora ./my-model ./base my-lora --rank 256 --error 0.05     ranks as small as 5 % allow
+  evomerge extract-lora ./my-model org/base my-lora --rank 16 --save-rest
+
+The folder loads with peft, and can be named as an expert. The table shows how much of the change each kind
+of layer keeps; what is not a linear layer is named, and written only with --save-rest.
 """
 _EVALUATE_HELP = """\
 examples:
@@ -298,6 +329,40 @@ def _read_recipe(path: Path) -> Recipe:
     for note in reading.notes:
         print(f"note: {note}", file=sys.stderr)
     return reading.recipe
+
+
+def _extract_lora(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    prepare(offline=all(Path(place).expanduser().exists() for place in (options.model, options.base)))
+    from evomerge.extraction import extract_lora
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    try:
+        with Progress(*columns, console=console, disable=not console.is_terminal) as display:
+            task = display.add_task("reading the models", total=None)
+
+            def show(done: int, total: int) -> None:
+                display.update(task, description="decomposing", completed=done, total=total)
+
+            extraction = extract_lora(
+                options.model,
+                options.base,
+                options.out,
+                rank=options.rank,
+                error=options.error,
+                alpha=options.alpha,
+                dtype=options.dtype,
+                save_rest=options.save_rest,
+                device=options.device,
+                progress=show,
+            )
+    except KeyboardInterrupt:
+        raise Stopped(f"Stopped; {options.out} was not written.") from None
+    print(json.dumps(extraction.to_dict(), indent=2) if options.json else f"{extraction.path}\n{extraction}")
+    return 0
 
 
 def _evaluate(options: argparse.Namespace) -> int:

@@ -16,10 +16,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from evomerge.checkpoints.completeness import output_head
 from evomerge.checkpoints.content import cached_content_hash
 from evomerge.checkpoints.header import DTYPE_NAMES, MERGEABLE, TensorInfo, read_header
 from evomerge.checkpoints.locate import ADAPTER_CONFIG, ADAPTER_FILE
-from evomerge.checkpoints.names import is_buffer, is_transposed
+from evomerge.checkpoints.names import is_buffer, is_transposed, parse
 from evomerge.checkpoints.open_files import OpenFiles
 from evomerge.errors import CheckpointError, at, nearest
 
@@ -192,7 +193,7 @@ def fit(
     """Return the changes by the names of the base's tensors.
 
     A name is found as it is, or by what is left of it without the prefixes of wrappers (``base_model.model``,
-    ``language_model`` and the like).
+    ``language_model`` and the like); a head whatever it is called.
 
     Args:
         adapter: to lay on the base.
@@ -209,6 +210,8 @@ def fit(
     fitted = {}
     for name, change in adapter.changes.items():
         found = [name] if name in shapes else reduced.get(_reduced(name), [])
+        if not found and parse(name).role == "head":
+            found = [head for head in [output_head(shapes)] if head is not None]
         if len(found) != 1:
             why = f"which fits {len(found)} tensors of {base}" if found else f"which {base} lacks"
             raise CheckpointError(
