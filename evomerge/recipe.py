@@ -15,7 +15,8 @@ from pydantic import Field, field_validator, model_validator
 from evomerge.checkpoints.names import ROLES, Position, Role, TensorName
 from evomerge.errors import UserError, nearest
 from evomerge.methods.registry import MergeMethod, Parameter, get_method
-from evomerge.schema import Frozen, Number, Whole, dump_yaml, read_yaml, shown, validate
+from evomerge.output import Output as Output
+from evomerge.schema import Frozen, Number, Whole, dump_yaml, read_text, read_yaml, shown, validate
 from evomerge.settings import Scalar, Value, canonical, evaluate, scalars
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -195,14 +196,6 @@ class Hop(Frozen):
         return self
 
 
-class Output(Frozen):
-    """What is written: number format, and whose tokenizer and chat template go along (a model's name)."""
-
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    tokenizer: str | None = None
-    chat_template: str | None = None
-
-
 class Recipe(Frozen):
     """A merged model: parents, merges, optionally a path through their layers, and the output's form.
 
@@ -241,9 +234,7 @@ class Recipe(Frozen):
                     self._check_layers(f"path.{i}.layers", hop, self.merges[hop.merge])
         elif len(self.merges) != 1:
             raise ValueError(f"merges: without a path there is exactly one, here are {len(self.merges)}")
-        for key, ref in (("tokenizer", self.output.tokenizer), ("chat_template", self.output.chat_template)):
-            if ref is not None and ref not in self.models:
-                raise ValueError(f"output.{key}: no model is called '{ref}'{nearest(ref, self.models)}")
+        self.output.check(self.models)
         return self
 
     def _check_merge(self, name: str, merge: Merge) -> None:
@@ -342,9 +333,7 @@ class Recipe(Frozen):
         canonical = {
             "evomerge": 1,
             "body": body,
-            "dtype": self.output.dtype,
-            "tokenizer": digests.get(self.output.tokenizer or ""),
-            "chat_template": digests.get(self.output.chat_template or ""),
+            **self.output.canonical(digests),
             "seed": self.seed if random else None,
         }
         return hashlib.sha256(json.dumps(canonical, sort_keys=True).encode()).hexdigest()
@@ -393,9 +382,21 @@ def load_recipe(path: Path) -> Recipe:
         adapter = None if source.adapter is None else resolve_source(source.adapter, folder)
         return source.model_copy(update={"source": resolve_source(source.source, folder), "adapter": adapter})
 
-    return recipe.model_copy(
-        update={"models": {name: place(source) for name, source in recipe.models.items()}}
-    )
+    models = {name: place(source) for name, source in recipe.models.items()}
+    return recipe.model_copy(update={"models": models, "output": _output(recipe, folder)})
+
+
+def _output(recipe: Recipe, folder: Path) -> Output:
+    """Return the output with its files found: a tokenizer's folder in full, a chat template's file as text."""
+    update: dict[str, Any] = {}
+    tokenizer, template = recipe.output.vocabulary, recipe.output.chat_template
+    if tokenizer.is_folder(recipe.models):
+        update["tokenizer"] = tokenizer.model_copy(
+            update={"source": resolve_source(tokenizer.source, folder)}
+        )
+    if template is not None and template.endswith(".jinja") and template not in recipe.models:
+        update["chat_template"] = read_text(folder / expand_home(template), "chat template")
+    return recipe.output.model_copy(update=update)
 
 
 def resolve_source(text: str, folder: Path) -> str:

@@ -132,7 +132,7 @@ def _vocabulary_digest(path: Path, state: object) -> str:
     for file in tokenizer_files(path):
         data = file.read_bytes()
         if file.name == "tokenizer_config.json":
-            data = json.dumps(_read_json(file).get("added_tokens_decoder"), sort_keys=True).encode()
+            data = json.dumps(read_json(file).get("added_tokens_decoder"), sort_keys=True).encode()
         elif file.name == "special_tokens_map.json":
             continue
         digest.update(f"{file.name} {len(data)}\n".encode())
@@ -152,7 +152,7 @@ def _read_vocabulary(path: Path, state: object) -> Vocabulary:
     steps: dict[str, str] | None = None
     try:
         if fast.is_file():
-            data = _read_json(fast)
+            data = read_json(fast)
             model = data["model"]
             words = model.get("vocab", {})
             ids = dict(words) if isinstance(words, dict) else {entry[0]: i for i, entry in enumerate(words)}
@@ -164,7 +164,7 @@ def _read_vocabulary(path: Path, state: object) -> Vocabulary:
             }
         elif (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
             fast = path / "vocab.json"
-            ids = dict(_read_json(fast))
+            ids = dict(read_json(fast))
             lines = (path / "merges.txt").read_text(encoding="utf-8").splitlines()
             merges = tuple(line for line in lines if line and not line.startswith("#version"))
             _check_ids(ids)
@@ -172,10 +172,10 @@ def _read_vocabulary(path: Path, state: object) -> Vocabulary:
             return Vocabulary(load_tokenizer(path).get_vocab())
         if (path / "added_tokens.json").is_file():
             fast = path / "added_tokens.json"
-            ids.update(_read_json(fast))
+            ids.update(read_json(fast))
             _check_ids(ids)
         fast = path / "tokenizer_config.json"
-        added = _read_json(fast).get("added_tokens_decoder") if fast.is_file() else None
+        added = read_json(fast).get("added_tokens_decoder") if fast.is_file() else None
         ids.update({entry["content"]: int(key) for key, entry in (added or {}).items()})
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise CheckpointError(f"{fast}: not a tokenizer file that can be understood: {error!r}") from None
@@ -237,7 +237,7 @@ def chat_templates(path: Path) -> dict[str, str]:
         templates[file.stem] = file.read_text(encoding="utf-8")
     for name in ("tokenizer_config.json", "chat_template.json"):
         if not templates and (path / name).is_file():
-            value = _read_json(path / name).get("chat_template")
+            value = read_json(path / name).get("chat_template")
             if isinstance(value, str):
                 templates = {"default": value}
             elif isinstance(value, list):
@@ -265,17 +265,20 @@ def copy_tokenizer(out: Path, tokenizer_donor: Path, chat_template_donor: Path |
     if own or chat_template_donor is None:
         return
     settings = out / "tokenizer_config.json"
-    if settings.is_file() and "chat_template" in (data := _read_json(settings)):
+    if settings.is_file() and "chat_template" in (data := read_json(settings)):
         del data["chat_template"]
         settings.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    for name, template in chat_templates(chat_template_donor).items():
+    write_chat_templates(out, chat_templates(chat_template_donor))
+
+
+def write_chat_templates(out: Path, templates: Mapping[str, str]) -> None:
+    """Write chat templates by name (``default``: the main one) as ``.jinja`` files."""
+    for name, template in templates.items():
         target = out / (
             "chat_template.jinja" if name == "default" else f"additional_chat_templates/{name}.jinja"
         )
         if name != Path(name).name or name in (".", ".."):
-            raise CheckpointError(
-                f"{chat_template_donor}: '{name}' cannot be the name of a chat template's file"
-            )
+            raise CheckpointError(f"'{name}' cannot be the name of a chat template's file")
         target.parent.mkdir(exist_ok=True)
         target.write_text(template, encoding="utf-8")
 
@@ -291,7 +294,7 @@ def _require_tokenizer(path: Path) -> None:
         raise CheckpointError(f"{path}: has no tokenizer files (none of {', '.join(_VOCABULARIES)})")
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -72,6 +72,7 @@ class CheckpointWriter:
             for byte.
         tokenizer_donor: whose tokenizer, if not the donor's.
         chat_template_donor: whose chat template, if not that of the tokenizer's donor.
+        generation: ``generation_config.json``, if not the donor's.
         max_shard_size: bytes of weights a file; a larger tensor has a file of its own.
 
     Raises:
@@ -88,6 +89,7 @@ class CheckpointWriter:
         donor: Path,
         tokenizer_donor: Path | None = None,
         chat_template_donor: Path | None = None,
+        generation: Mapping[str, Any] | None = None,
         max_shard_size: int = 5_000_000_000,
     ) -> None:
         self.out = Path(os.path.abspath(out))
@@ -96,6 +98,7 @@ class CheckpointWriter:
         self._donor = donor
         self._tokenizer_donor = tokenizer_donor or donor
         self._chat_template_donor = chat_template_donor
+        self._generation = generation
         self._shards = plan_shards(self._layout, max_shard_size)
         self._total = sum(_nbytes(tensor) for tensor in self._layout)
         self._folder = self.out.with_name(f".{self.out.name}.{secrets.token_hex(4)}.partial")
@@ -240,6 +243,8 @@ class CheckpointWriter:
         for name in (_GENERATION_CONFIG, *PROCESSOR_FILES):
             if (self._donor / name).is_file():
                 shutil.copyfile(self._donor / name, self._folder / name)
+        if self._generation is not None:
+            _write_json(self._folder / _GENERATION_CONFIG, self._generation)
         copy_tokenizer(self._folder, self._tokenizer_donor, self._chat_template_donor)
 
     def _write_structure(self) -> None:

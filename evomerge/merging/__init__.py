@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,7 @@ from evomerge.checkpoints import (
     open_checkpoint,
     parse_size,
 )
+from evomerge.checkpoints.tokenizer import tokenizer_sha256, write_chat_templates
 from evomerge.environment import prepare
 from evomerge.errors import CandidateFailed, CheckpointError, UserError
 from evomerge.mergekit import open_recipe
@@ -127,17 +130,21 @@ def write_merge(
     plan = plan_merge(recipe, checkpoints)
     for warning in plan.warnings:
         _log.warning("%s", warning)
-    template = checkpoints[plan.chat_template].path if plan.chat_template else None
     try:
-        with CheckpointWriter(
-            out,
-            [(job.name, job.shape, job.dtype) for job in plan.jobs],
-            config=plan.config,
-            donor=checkpoints[plan.donor].path,
-            tokenizer_donor=plan.vocabulary.source.folder,
-            chat_template_donor=template,
-            max_shard_size=shard_bytes,
-        ) as writer:
+        with (
+            plan.vocabulary.folder() as tokenizer,
+            _templates(plan) as template,
+            CheckpointWriter(
+                out,
+                [(job.name, job.shape, job.dtype) for job in plan.jobs],
+                config=plan.config,
+                donor=checkpoints[plan.donor].path,
+                tokenizer_donor=tokenizer,
+                chat_template_donor=template,
+                generation=plan.generation,
+                max_shard_size=shard_bytes,
+            ) as writer,
+        ):
             execute(
                 plan,
                 checkpoints,
@@ -158,6 +165,17 @@ def _copied_list(plan: MergePlan) -> dict[str, str]:
         return {}
     lines = [f"# Outside the language model; copied from '{plan.donor}' as they are.", *plan.copied]
     return {COPIED_FILE: "\n".join(lines) + "\n"}
+
+
+@contextmanager
+def _templates(plan: MergePlan) -> Iterator[Path | None]:
+    """Give a folder with the plan's chat templates, or None for the tokenizer's own."""
+    if plan.chat_templates is None:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="evomerge-templates-") as place:
+        write_chat_templates(Path(place), plan.chat_templates)
+        yield Path(place)
 
 
 def open_parents(recipe: Recipe) -> dict[str, Checkpoint]:
@@ -236,7 +254,9 @@ def _token_users(recipe: Recipe) -> list[str]:
     ends = [recipe.path[0], recipe.path[-1]] if recipe.path else []
     sources = [str(hop.model or hop.merge) for hop in ends] or list(recipe.merges)
     donors = [donor_of(recipe, source) for source in sources]
-    return list(dict.fromkeys([*donors, *([recipe.output.tokenizer] if recipe.output.tokenizer else [])]))
+    source = recipe.output.vocabulary.source
+    named = [source] if recipe.output.tokenizer is not None and source in recipe.models else []
+    return list(dict.fromkeys([*donors, *named]))
 
 
 def verify_sources(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> None:
@@ -249,13 +269,26 @@ def verify_sources(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Non
                 f"models.{name}.sha256: the recipe expects {expected}, {checkpoints[name].path} has {found}; "
                 "name the original checkpoint, or remove the line to merge this one"
             )
+    tokenizer = recipe.output.vocabulary
+    if tokenizer.is_folder(recipe.models) and tokenizer.sha256 is not None:
+        found = tokenizer_sha256(Path(tokenizer.source))
+        if found != tokenizer.sha256:
+            raise UserError(
+                f"output.tokenizer.sha256: the recipe expects {tokenizer.sha256}, {tokenizer.source} has "
+                f"{found}; name the original folder, or remove the line to use this one"
+            )
 
 
 def pin(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Recipe:
     """Return the recipe with the content hash of every model."""
     missing = {name: checkpoints[name] for name, source in recipe.models.items() if source.sha256 is None}
     known = {name: source.sha256 for name, source in recipe.models.items() if source.sha256 is not None}
-    return recipe.pinned({**known, **_hashes(missing)})
+    recipe = recipe.pinned({**known, **_hashes(missing)})
+    tokenizer = recipe.output.vocabulary
+    if not tokenizer.is_folder(recipe.models) or tokenizer.sha256 is not None:
+        return recipe
+    pinned = tokenizer.model_copy(update={"sha256": tokenizer_sha256(Path(tokenizer.source))})
+    return recipe.model_copy(update={"output": recipe.output.model_copy(update={"tokenizer": pinned})})
 
 
 def _check_out(out: Path, checkpoints: Mapping[str, Checkpoint]) -> None:

@@ -33,7 +33,7 @@ def live_model(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     *,
-    generation: Path | None = None,
+    generation: Path | Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """Build a causal language model with uninitialised weights, ready to be written to.
 
@@ -41,7 +41,8 @@ def live_model(
         config: a Hugging Face config as plain data.
         dtype: number format of the weights.
         device: where the model lives.
-        generation: folder whose `generation_config.json`, if there is one, gives the generation defaults.
+        generation: the generation defaults, or a folder whose `generation_config.json`, if there is one, gives
+            them.
 
     Returns:
         The model in eval mode without gradients; buffers such as rotary frequencies are computed, tied
@@ -58,7 +59,9 @@ def live_model(
             f"model type '{kind}' cannot be built as a causal language model: {str(error).splitlines()[0]}"
         ) from None
     model.tie_weights()
-    if generation is not None and (generation / "generation_config.json").is_file():
+    if isinstance(generation, Mapping):
+        model.generation_config = GenerationConfig.from_dict(dict(generation))
+    elif generation is not None and (generation / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(generation)
     model.requires_grad_(False)
     model.eval()
@@ -141,8 +144,8 @@ class Materializer:
         if self._model is not None and self._sink is not None and shape == self._shape:
             return self._model, self._sink
         self._model, self._sink, self._shape, self._held = None, None, None, {}
-        folder = self._checkpoints[plan.donor].path
-        model = live_model(plan.config, plan.dtype, self._device, generation=folder)
+        generation = plan.generation or self._checkpoints[plan.donor].path
+        model = live_model(plan.config, plan.dtype, self._device, generation=generation)
         sink = LiveSink(bind(model, plan))
         self._model, self._sink, self._shape = model, sink, shape
         return model, sink

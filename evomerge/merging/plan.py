@@ -22,8 +22,10 @@ from evomerge.checkpoints.header import MERGEABLE
 from evomerge.checkpoints.model_config import set_dtype, set_rows, set_tied
 from evomerge.checkpoints.names import is_outside, is_transposed, parse
 from evomerge.errors import CheckpointError, UserError, nearest
+from evomerge.merging.chat import chosen_templates
 from evomerge.merging.layer_config import path_config
 from evomerge.merging.paths import check_hops, check_layers, fold_scales
+from evomerge.merging.token_ids import follow_tokenizer
 from evomerge.merging.vocabulary import OutputVocabulary, donor_of, ends, head_of, output_vocabulary, voters
 from evomerge.methods import MaskKey
 from evomerge.methods.registry import Parameter, get_method
@@ -101,7 +103,8 @@ class MergePlan:
         dtype: number format of most weights; that of the output's config and of the live model.
         donor: name of the model whose config and other small files go along.
         vocabulary: the output's tokenizer.
-        chat_template: name of the model whose chat template goes along, or None for the tokenizer's own.
+        generation: the output's generation defaults where they are not the donor's file as it is.
+        chat_templates: by name, or None for the tokenizer's own.
         views: models with other rows of embedding and head than they have on disk, by `TensorJob.view` and name.
         warnings: what the user should know, one sentence each.
         copied: output tensors outside the language model, which are the donor's.
@@ -112,7 +115,8 @@ class MergePlan:
     dtype: torch.dtype
     donor: str
     vocabulary: OutputVocabulary
-    chat_template: str | None = None
+    generation: Mapping[str, Any] | None = None
+    chat_templates: Mapping[str, str] | None = None
     views: Mapping[str, Mapping[str, Checkpoint]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     copied: tuple[str, ...] = ()
@@ -164,15 +168,19 @@ def plan_merge(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> MergePl
     set_dtype(config, dtype)
     prefix = language_prefix(checkpoints[donor].tensors)
     jobs = [replace(job, name=written_name(job.name, prefix)) for job in jobs]
+    config, generation = follow_tokenizer(config, checkpoints[donor], planner.vocabulary)
+    templates, notes = chosen_templates(recipe, checkpoints, planner.vocabulary)
+    outside = _outside_copied(donor, checkpoints[donor])
     return MergePlan(
         config=config,
         jobs=tuple(jobs),
         dtype=dtype,
         donor=donor,
         vocabulary=planner.vocabulary,
-        chat_template=recipe.output.chat_template,
+        generation=generation,
+        chat_templates=templates,
         views=planner.views,
-        warnings=(*warnings, *planner.vocabulary.warnings, *_outside_copied(donor, checkpoints[donor])),
+        warnings=(*warnings, *planner.vocabulary.warnings, *notes, *outside),
         copied=tuple(job.name for job in jobs if is_outside(job.source)),
     )
 

@@ -9,7 +9,10 @@ token are padding: they are the tokenizer's owner's, and nobody else's padding h
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -25,8 +28,10 @@ from evomerge.checkpoints.tokenizer import (
     read_vocabulary,
     vocabulary_digest,
 )
-from evomerge.errors import CheckpointError
+from evomerge.checkpoints.union import UnionTokenizer
+from evomerge.errors import CheckpointError, UserError
 from evomerge.methods.registry import get_method
+from evomerge.output import UNION, TokenRow, TokenRule
 from evomerge.recipe import Recipe
 
 _SHOWN = 3
@@ -110,12 +115,19 @@ class TokenizerSource:
     """Where the output's tokenizer comes from.
 
     Attributes:
-        owner: the model whose it is, or None for a folder beside the models.
+        owner: the model whose rows beyond the tokens are kept: the one whose tokenizer it is, or whose is
+            extended. None for a folder of other tokens than any model's.
         folder: where its files are.
+        union: whether the other models' further tokens are added.
+        multiple: what the number of rows is a multiple of; None: the owner's number of rows, or more.
+        tokens: JSON of the rules for single tokens.
     """
 
     owner: str | None
     folder: Path
+    union: bool = False
+    multiple: int | None = None
+    tokens: str = "{}"
 
 
 class OutputVocabulary:
@@ -130,20 +142,48 @@ class OutputVocabulary:
 
     def __init__(self, source: TokenizerSource, models: Mapping[str, Checkpoint]) -> None:
         self.source = source
-        self.warnings: list[str] = []
         self.models = models
+        self.warnings: list[str] = []
         self._views: dict[tuple[Voters, str | None], dict[str, Checkpoint]] = {}
         self._maps: dict[str, Rows] = {}
-        sizes = {name: _rows(model) for name, model in models.items()}
+        self._sizes = {name: _rows(model) for name, model in models.items()}
         self._lacking = [name for name, model in models.items() if not has_tokenizer(model.path)]
-        self.rows = sizes[source.owner] if source.owner else 0
-        self.uniform = self._is_uniform(sizes)
-        if not self.uniform:
-            self._compare(sizes)
+        self._rules = {
+            token: TokenRule.model_validate(rule) for token, rule in json.loads(source.tokens).items()
+        }
+        self._union = self._joined() if source.union and not self._is_uniform() else None
+        self.rows = self._sizes[source.owner] if source.owner else 0
+        self._filled = self.rows
+        self._uniform = not (source.multiple or self._rules) and self._is_uniform()
+        if not self._uniform:
+            self._compare()
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether there is a tokenizer at all; models can be merged without."""
+        return has_tokenizer(self.source.folder)
+
+    @property
+    def ids(self) -> Mapping[str, int]:
+        """The id of every token."""
+        return self._union.ids if self._union is not None else read_vocabulary(self.source.folder).ids
 
     def write(self, out: Path) -> None:
         """Write the tokenizer's files into an existing folder."""
-        copy_tokenizer(out, self.source.folder)
+        if self._union is not None:
+            self._union.write(out)
+        else:
+            copy_tokenizer(out, self.source.folder)
+
+    @contextmanager
+    def folder(self) -> Iterator[Path]:
+        """Give a folder with the tokenizer's files: the model's own, or one that is removed at the end."""
+        if self._union is None:
+            yield self.source.folder
+            return
+        with tempfile.TemporaryDirectory(prefix="evomerge-tokenizer-") as place:
+            self.write(Path(place))
+            yield Path(place)
 
     def view(self, voters: Voters, head: str | None) -> Mapping[str, Checkpoint]:
         """Return the readers as the output sees their ends; nothing where they are so already.
@@ -155,7 +195,7 @@ class OutputVocabulary:
         key = (voters, head)
         if key not in self._views:
             read = {name: self.models[name] for name in voters.readers}
-            moved = not self.uniform and any(not self._is_identity(name) for name in read)
+            moved = not self._uniform and any(not self._is_identity(name) for name in read)
             tied = head is not None and any(model.tied for model in read.values())
             if moved:
                 self._views[key] = self._aligned(voters, head)
@@ -165,20 +205,27 @@ class OutputVocabulary:
                 self._views[key] = {}
         return self._views[key]
 
-    def _is_uniform(self, sizes: Mapping[str, int]) -> bool:
+    def _joined(self) -> UnionTokenizer | None:
+        others = [
+            (model.path, self._sizes[name])
+            for name, model in self.models.items()
+            if name not in (*self._lacking, self.source.owner)
+        ]
+        union = UnionTokenizer(self.source.folder, tuple(others))
+        return union if len(union.ids) > len(read_vocabulary(self.source.folder).ids) else None
+
+    def _is_uniform(self) -> bool:
         """Whether all models have the output's rows as they are, judged by the bytes of their tokenizers."""
-        if len({self.rows, *sizes.values()}) > 1:
+        if self.source.owner is None or len(set(self._sizes.values())) > 1:
             return False
         having = [model.path for name, model in self.models.items() if name not in self._lacking]
-        return len({vocabulary_digest(path) for path in [*having, *self._own_folder()]}) <= 1
+        own = [self.source.folder] if self.has_tokenizer else []
+        return len({vocabulary_digest(path) for path in [*having, *own]}) <= 1
 
-    def _own_folder(self) -> list[Path]:
-        return [self.source.folder] if has_tokenizer(self.source.folder) else []
-
-    def _compare(self, sizes: Mapping[str, int]) -> None:
+    def _compare(self) -> None:
         """Find the row of each output token in each model."""
-        reference = self._reference(sizes)
-        ids = dict(read_vocabulary(self.source.folder).ids)
+        reference, sizes, owner = self._reference(), self._sizes, self.source.owner
+        ids = self.ids
         theirs = {
             name: read_vocabulary((reference if name in self._lacking else model).path).ids
             for name, model in self.models.items()
@@ -186,19 +233,35 @@ class OutputVocabulary:
         held = [
             i for token, i in ids.items() if any(theirs[n].get(token, sizes[n]) < sizes[n] for n in theirs)
         ]
-        self.rows = max([self.rows, *(i + 1 for i in (held if self.source.owner else ids.values()))])
+        tokens = 1 + max(held if owner else ids.values(), default=-1)
+        owned = sizes[owner] if owner else 0
+        if self.source.multiple:
+            self.rows = -(-tokens // self.source.multiple) * self.source.multiple
+        else:
+            self.rows = max(tokens, owned)
+        self._filled = min(self.rows, max(tokens, owned))
         for name, own in theirs.items():
             self._maps[name] = _row_map(ids, own, self.rows, sizes[name])
-        if self.source.owner:
-            used = np.zeros(self.rows, dtype=bool)
-            used[[i for i in ids.values() if i < self.rows]] = True
-            padding = np.nonzero(~used[: sizes[self.source.owner]])[0]
-            self._maps[self.source.owner][padding] = padding
+        used = np.zeros(self.rows, dtype=bool)
+        used[[i for i in ids.values() if i < self.rows]] = True
+        if owner:
+            padding = np.nonzero(~used[:owned])[0]
+            self._maps[owner][padding] = padding
         for name, own in theirs.items():
             self._tell(name, ids, own, sizes[name])
+        nobody = used & np.all([rows < 0 for rows in self._maps.values()], axis=0)
+        homeless = [
+            token for token, i in ids.items() if i < self.rows and nobody[i] and token not in self._rules
+        ]
+        if homeless:
+            self.warnings.append(
+                f"{len(homeless):,} tokens of the output's tokenizer are known to no model ({_list(homeless)}); "
+                "their rows are zero"
+            )
 
-    def _reference(self, sizes: Mapping[str, int]) -> Checkpoint:
+    def _reference(self) -> Checkpoint:
         """Return the model whose tokenizer stands for those that have none."""
+        sizes = self._sizes
         having = [name for name in self.models if name not in self._lacking]
         reference = next((n for n in having if n == self.source.owner), next(iter(having), None))
         for name in self._lacking:
@@ -244,17 +307,21 @@ class OutputVocabulary:
         maps = {
             name: self._maps[name] for name in dict.fromkeys([*voters.readers, *sum(voters.stand_ins, ())])
         }
-        fill = self._fill(voters, maps)
+        fill, forced = self._fill(voters, maps)
         views = {}
         for name in voters.readers:
             model = self.models[name]
-            alignment = Alignment(maps[name], fill, self.rows)
+            own = maps[name].copy()
+            own[forced] = -1
+            alignment = Alignment(own, fill, self._filled)
             names = [*vocabulary_tensors(model.tensors), *([head] if head is not None else [])]
             views[name] = align(model, dict.fromkeys(names, alignment))
         return views
 
-    def _fill(self, voters: Voters, maps: Mapping[str, Rows]) -> Fill:
-        donors = list(maps)
+    def _fill(self, voters: Voters, maps: Mapping[str, Rows]) -> tuple[Fill, list[int]]:
+        """Return what stands in for rows that a reader lacks, and the rows that it replaces for all."""
+        named = (rule.source.model for rule in self._rules.values())
+        donors = list(dict.fromkeys([*maps, *(name for name in named if name is not None)]))
         rows = np.full((len(donors), self.rows), -1, dtype=np.int64)
         lacking = np.any([maps[name] < 0 for name in voters.readers], axis=0)
         for group in voters.stand_ins:
@@ -263,16 +330,61 @@ class OutputVocabulary:
             found = (own >= 0).any(axis=0) & lacking
             rows[np.ix_(members, found)] = own[:, found]
             lacking &= ~found
-        return Fill(tuple(self.models[name] for name in donors), rows)
+        forced = []
+        for token, rule in self._rules.items():
+            i = self.ids.get(token, self.rows)
+            if i >= self.rows:
+                raise UserError(f"output.tokenizer.tokens.{token}: the output's tokenizer has no such token")
+            rows[:, i] = -1
+            if rule.source.model is not None:
+                rows[donors.index(rule.source.model), i] = self._row_of(token, rule.source)
+            if rule.force:
+                forced.append(i)
+        return Fill(tuple(self.models[name] for name in donors), rows), forced
+
+    def _row_of(self, token: str, source: TokenRow) -> int:
+        """Return the row that a rule names in its model."""
+        name = str(source.model)
+        if source.token_id is not None:
+            row, what = source.token_id, f"row {source.token_id}"
+        else:
+            wanted = source.token if source.token is not None else token
+            model = self._reference() if name in self._lacking else self.models[name]
+            row = read_vocabulary(model.path).ids.get(wanted, self._sizes[name])
+            what = f"token {wanted!r}"
+        if row >= self._sizes[name]:
+            raise UserError(f"output.tokenizer.tokens.{token}.source: the model '{name}' has no {what}")
+        return row
 
 
 def output_vocabulary(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> OutputVocabulary:
-    """Return the vocabulary of a recipe's output; the last few are kept."""
+    """Return the vocabulary of a recipe's output; the last few are kept.
+
+    Raises:
+        CheckpointError: a tokenizer is missing or cannot be read, or the models share no token.
+        UserError: a rule for a token that there is not.
+    """
     speaking = _speaking(recipe)
+    wanted = recipe.output.vocabulary
+    named = wanted.source if recipe.output.tokenizer is not None else None
     having = (name for name in speaking if has_tokenizer(checkpoints[name].path))
-    owner = recipe.output.tokenizer or next(having, speaking[0])
-    source = TokenizerSource(owner, checkpoints[owner].path)
-    names = dict.fromkeys([*speaking, owner])
+    owner: str | None = next(having, speaking[0])
+    folder = checkpoints[str(owner)].path
+    if named in recipe.models:
+        owner, folder = named, checkpoints[named].path
+    elif wanted.is_folder(recipe.models):
+        folder = Path(wanted.source)
+        same = has_tokenizer(checkpoints[str(owner)].path) and (
+            read_vocabulary(folder).ids == read_vocabulary(checkpoints[str(owner)].path).ids
+        )
+        owner = owner if same else None
+    union = wanted.source == UNION and UNION not in recipe.models
+    rules = {token: rule.model_dump(exclude_none=True) for token, rule in wanted.tokens.items()}
+    source = TokenizerSource(owner, folder, union, wanted.pad_to_multiple_of, json.dumps(rules))
+    lending = [rule.source.model for rule in wanted.tokens.values() if rule.source.model is not None]
+    names = dict.fromkeys(
+        [*([owner] if owner else []), *speaking, *lending, *(recipe.models if union else [])]
+    )
     return _output_vocabulary(source, tuple((name, checkpoints[name]) for name in names))
 
 
