@@ -47,7 +47,7 @@ _BY_INDEX: dict[str, tuple[tuple[Any, ...], str]] = {
 _SAME_WINDOW_TYPES = ("mistral", "mixtral", "phi3", "qwen3_moe", "starcoder2")
 
 # Model types whose layers attend to a window from `max_window_layers` on, with that key's default.
-_WINDOW_FROM = {"qwen2": 28, "qwen2_moe": 28, "qwen3": 28}
+_WINDOW_FROM = {"qwen2": 28, "qwen3": 28}
 # Model types of which every n-th layer attends to everything and the others to a window.
 _FULL_EVERY = {"gemma2": 2, "gemma3_text": 6, "cohere2": 4, "olmo3": 4}
 # Model types with `mlp_only_layers` beside `decoder_sparse_step`.
