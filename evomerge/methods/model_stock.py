@@ -41,8 +41,6 @@ def axis(values: Values) -> Axis:
     return "out" if values["filter_wise"] else "none"
 
 
-KERNEL = VectorCombination(coefficients, axis)
-
 register(
     MergeMethod(
         name="model_stock",
@@ -64,7 +62,10 @@ register(
                 dialects=("paper",),
             ),
         ),
-        kernels={"paper": KERNEL, "mergekit": KERNEL},
+        kernels={
+            "paper": VectorCombination(coefficients, axis),
+            "mergekit": VectorCombination(coefficients, axis, as_stored=True),
+        },
         differs="mergekit has no clamp to turn off; its own walk away from the average, where task vectors oppose "
         "each other, is left out.",
     )

@@ -98,9 +98,9 @@ register(
         ),
         kernels={
             "paper": VectorCombination(coefficients, axis),
-            "mergekit": VectorCombination(mergekit_coefficients, mergekit_axis),
+            "mergekit": VectorCombination(mergekit_coefficients, mergekit_axis, as_stored=True),
         },
-        differs="mergekit names the axis by two switches, and takes t = 1/2 where the weights add up to 0, which "
-        "is refused in paper.",
+        differs="mergekit names the axis by two switches, by the file's dimensions even where a layer is kept "
+        "transposed, and takes t = 1/2 where the weights add up to 0, which is refused in paper.",
     )
 )

@@ -36,6 +36,8 @@ NEGLIGIBLE = 1e-8
 
 _BLOCK = 1 << 17
 
+_TURNED: dict[Axis, Axis] = {"none": "none", "out": "in", "in": "out"}
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -192,13 +194,19 @@ class VectorCombination:
         coefficients: the formula: ``(Gram matrices of the θ_k or τ_k, values) → c``, ``(vectors, K, K)`` and
             ``(vectors, K)``.
         axis: what is one vector, by values.
+        as_stored: whether ``out`` and ``in`` mean the last and the first dimension of a layer that is kept
+            transposed, too, and not its output neurons and inputs.
     """
 
     coefficients: Callable[[Gram, Values], Gram]
     axis: Callable[[Values], Axis] = lambda values: "none"
+    as_stored: bool = False
 
     def prepare(self, operands: Operands, values: Values) -> _Plan:
-        layout = Layout.of(operands.shape, self.axis(values))
+        axis = self.axis(values)
+        if operands.transposed and not self.as_stored:
+            axis = _TURNED[axis]
+        layout = Layout.of(operands.shape, axis)
         deltas = operands.base is not None
         basis: Basis = "deltas" if deltas else "inputs"
         key = f"gram of {basis}" + ("" if layout.axis == "none" else f" by {layout.axis}")

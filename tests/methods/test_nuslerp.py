@@ -130,3 +130,18 @@ def test_a_row_that_is_not_finite_stays_so() -> None:
     assert torch.isfinite(merged[[0, 2]]).all()
     assert torch.isnan(merged[1]).all()
     assert torch.isnan(merge("nuslerp", None, [x, y], weight=1.0)).all()
+
+
+def test_a_layer_that_is_kept_transposed_is_cut_by_what_its_dimensions_mean() -> None:
+    _, x, y = pair(6, 5)
+    straight = merge("nuslerp", None, [x, y], weight=(0.3, 0.7), axis="out")
+    turned = [x.T.contiguous(), y.T.contiguous()]
+    merged = merge("nuslerp", None, turned, weight=(0.3, 0.7), axis="out", transposed=True)
+    torch.testing.assert_close(merged.T, straight, rtol=1e-12, atol=0)
+
+
+def test_mergekits_axes_are_those_of_the_file() -> None:
+    _, x, y = pair(6, 5)
+    values = {"weight": (0.3, 0.7), "nuslerp_flatten": False, "dialect": "mergekit"}
+    as_stored = merge("nuslerp", None, [x, y], **values)
+    assert torch.equal(merge("nuslerp", None, [x, y], transposed=True, **values), as_stored)
