@@ -76,9 +76,10 @@ def mask(operands: Operands, values: Values) -> Sparse:
     def keep(k: int, delta: Tensor, start: int) -> None:
         if densities[k] >= 1:
             return
-        n = delta.numel()
-        values = delta.numpy()
-        np.multiply(values, keep_mask(hashed(k, start, n), densities[k], kept[:n]), out=values)
+        entries = delta.numpy()
+        survives = keep_mask(hashed(k, start, entries.size), densities[k], kept[: entries.size])
+        with np.errstate(invalid="ignore"):
+            np.multiply(entries, survives, out=entries)
 
     key = operands.masks
     rules = None if key is None else tuple(Mask(key, k, density) for k, density in enumerate(densities))

@@ -23,8 +23,8 @@ def merge_of(method, **values):
     count = declared.inputs[1] or 3
     inputs = ["a", "b", "c"][:count]
     given = {}
-    for parameter in declared.parameters:
-        if parameter.kind != "float":
+    for parameter in declared.parameters_in("paper"):
+        if parameter.kind != "float" or (parameter.default is not None and parameter.high not in (None, 1.0)):
             continue
         if parameter.scope == "expert":
             given[parameter.name] = {name: 0.3 + 0.2 * k for k, name in enumerate(inputs)}

@@ -14,8 +14,15 @@ from evomerge.methods import MaskKey, Parameter, all_methods, get_method
 from tests.methods import oracle
 
 OWN_VALUES: dict[str, dict[str, Any]] = {
-    "wudi": {"steps": 5},
+    "breadcrumbs": {"density": (0.4, 0.6), "gamma": 0.2},
+    "breadcrumbs_ties": {"density": (0.4, 0.6), "gamma": 0.2},
+    "della": {"density": (0.3, 0.4)},
+    "della_linear": {"density": (0.3, 0.4)},
+    "dare_linear": {"density": (0.3, 0.4)},
+    "dare_ties": {"density": (0.3, 0.4)},
+    "sce": {"select_topk": 0.4},
     "ties": {"density": (0.3, 0.4)},
+    "wudi": {"steps": 5},
 }
 """Values of a method in place of those that `_value` makes up."""
 

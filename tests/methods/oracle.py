@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import scipy.stats
 import torch
 
 from evomerge.methods import MaskKey, TensorCache, merge_chunks
@@ -172,6 +173,40 @@ def disjoint_merge(
         divisor = (np.asarray(weights)[:, None] * selected).sum(axis=0)
         return total / np.where(divisor == 0, 1, divisor)
     return total if merge == "sum" else elected * np.abs(q * selected).max(axis=0)
+
+
+def crumbs(delta: np.ndarray, density: float, gamma: float) -> np.ndarray:
+    """Drop ⌊γn⌋ of the largest magnitudes and of the smallest so many that ⌊density·n⌋ remain; no ties."""
+    n = delta.size
+    count, top = int(np.floor(density * n + 1e-9)), int(np.floor(gamma * n + 1e-9))
+    bottom = max(0, n - count - top)
+    kept_ones = np.argsort(np.abs(delta))[bottom : bottom + count]
+    return np.where(np.isin(np.arange(n), kept_ones), delta, 0.0)
+
+
+def keep_probabilities(row: np.ndarray, density: float, epsilon: float) -> np.ndarray:
+    """DELLA's probabilities of one row, by average ranks."""
+    if row.size == 1:
+        return np.array([density])
+    ranks = scipy.stats.rankdata(np.abs(row))
+    return density - epsilon + 2 * epsilon * (ranks - 1) / (row.size - 1)
+
+
+def sce(deltas: Sequence[np.ndarray], topk: float, masking: bool) -> np.ndarray:
+    """Select, calculate, erase; no ties among the variances."""
+    tau = np.stack(deltas)
+    variance = tau.var(axis=0)
+    selected = np.ones(variance.shape, dtype=bool)
+    if topk < 1:
+        count = int(np.floor(np.count_nonzero(variance) * topk + 1e-9))
+        selected = np.isin(np.arange(variance.size), np.argsort(-variance)[:count])
+    energy = (tau**2 * selected).sum(axis=1)
+    weights = energy / energy.sum() if energy.any() else np.full(len(tau), 1 / len(tau))
+    if masking:
+        tau = tau * selected
+    agrees = np.sign(tau) == np.where(tau.sum(axis=0) >= 0, 1, -1)
+    divisor = (weights[:, None] * agrees).sum(axis=0)
+    return (weights[:, None] * tau * agrees).sum(axis=0) / np.where(divisor == 0, 1, divisor)
 
 
 def hash_v1(seed: int, expert: str, tensor: str, index: int) -> int:

@@ -50,9 +50,18 @@ def constant(**values: Any) -> Callable[[int], Values]:
 NO_LAMBDA = {"lambda_": 0.0}
 
 PROMISES: dict[str, Promise] = {
+    "arcee_fusion": Promise(None, scales=False),
+    "breadcrumbs": Promise(fractions(density=1.0), NO_LAMBDA, variants=({"density": 0.5, "gamma": 0.2},)),
+    "breadcrumbs_ties": Promise(constant(weight=1.0, density=1.0), NO_LAMBDA),
+    "breadcrumbs_ties-mergekit": Promise(
+        fractions(density=1.0), NO_LAMBDA, variants=({"density": 0.4, "rescale": True},)
+    ),
     "dare_linear": Promise(fractions(density=1.0), NO_LAMBDA),
     "dare_ties": Promise(constant(weight=1.0, density=1.0), NO_LAMBDA),
     "dare_ties-mergekit": Promise(fractions(density=1.0), NO_LAMBDA, variants=({"density": 0.4},)),
+    "della": Promise(constant(weight=1.0, density=1.0), NO_LAMBDA),
+    "della-mergekit": Promise(constant(weight=1.0, density=1.0), NO_LAMBDA, variants=({"density": 0.4},)),
+    "della_linear": Promise(fractions(density=1.0), NO_LAMBDA, variants=({"density": 0.4},)),
     "fisher": Promise(any_values),
     "iso_c": Promise(None, NO_LAMBDA),
     "iso_cts": Promise(None, NO_LAMBDA, variants=({"common_space_fraction": 0.3},)),
@@ -63,15 +72,24 @@ PROMISES: dict[str, Promise] = {
         variants=({"inner": "dare_ties", "density": 0.4},),
     ),
     "linear": Promise(any_values),
+    "magmax": Promise(constant(weight=1.0, lambda_=1.0), NO_LAMBDA),
     "model_stock": Promise(any_values, variants=({"filter_wise": True},)),
     "multislerp": Promise(any_values),
+    "nearswap": Promise(constant(t=10.0), {"t": 0.0}, scales=False),
     "nuslerp": Promise(any_values, variants=({"axis": "out"}, {"axis": "in"})),
     "nuslerp-mergekit": Promise(
         any_values,
         variants=({"nuslerp_flatten": False}, {"nuslerp_flatten": False, "nuslerp_row_wise": True}),
     ),
+    "passthrough": Promise(any_values),
+    "ram": Promise(constant(epsilon=0.0), {"epsilon": 10.0}, scales=False),
+    "ramplus_tl": Promise(constant(epsilon=0.0), {"epsilon": 10.0}, scales=False),
     "regmean": Promise(any_values),
     "regmean++": Promise(any_values),
+    "sce": Promise(any_values, variants=({"select_topk": 0.5},)),
+    "sce-mergekit": Promise(
+        constant(select_topk=1.0), {"select_topk": 0.0}, variants=({"select_topk": 0.5},)
+    ),
     "slerp": Promise(any_values, symmetric=False),
     "slerp-mergekit": Promise(any_values, base={"t": 0.0}, symmetric=False),
     "task_arithmetic": Promise(fractions(), NO_LAMBDA),

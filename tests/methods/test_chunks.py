@@ -19,27 +19,26 @@ KEY = MaskKey(seed=0, experts=("a", "b"), tensor="t")
 
 
 @every_case
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_bits_do_not_depend_on_chunks_threads_or_the_cache(case: Case, dtype: torch.dtype) -> None:
-    base, inputs = case.operands([(1 << 17) + 12_345], dtype)
+def test_the_bits_do_not_depend_on_chunks_threads_or_the_cache(case: Case) -> None:
+    base, inputs = case.operands([(1 << 17) + 345], torch.bfloat16)
     whole = case.merge(base, inputs)
     threads = torch.get_num_threads()
     try:
-        for count, chunk in ((1, 1 << 12), (2, 99_999), (2, 1 << 20)):
-            torch.set_num_threads(count)
-            assert torch.equal(case.merge(base, inputs, chunk=chunk), whole)
+        torch.set_num_threads(2)
+        assert torch.equal(case.merge(base, inputs, chunk=50_001), whole)
     finally:
         torch.set_num_threads(threads)
     cache = TensorCache()
-    for _ in range(2):
-        assert torch.equal(case.merge(base, inputs, cache=cache, key="k"), whole)
+    for chunk in (1 << 17, 1 << 20):
+        assert torch.equal(case.merge(base, inputs, chunk=chunk, cache=cache, key="k"), whole)
 
 
 @every_case
 def test_the_bits_of_a_matrix_do_not_depend_on_chunks(case: Case) -> None:
     base, inputs = case.operands([97, 131])
     whole = case.merge(base, inputs)
-    assert torch.equal(case.merge(base, inputs, chunk=1000), whole)
+    for chunk in (131, 1000, 5001):
+        assert torch.equal(case.merge(base, inputs, chunk=chunk), whole)
 
 
 @every_case
