@@ -11,8 +11,9 @@ from pydantic import Field, field_validator, model_validator
 
 from evomerge.errors import UserError, nearest
 from evomerge.methods.registry import get_method
+from evomerge.output import Output
 from evomerge.overrides import overridden
-from evomerge.recipe import expand_home, resolve_source
+from evomerge.recipe import expand_home, resolve_output, resolve_source
 from evomerge.schema import Frozen, Number, Positive, Whole, dump_yaml, read_yaml, shown, validate
 from evomerge.space_config import Space
 
@@ -224,10 +225,18 @@ class Engine(Frozen):
     max_length: Positive | None = None
 
 
-class OutputConfig(Frozen):
-    """Number format of the merged model; None keeps the base's."""
+class OutputConfig(Output):
+    """What the merged model looks like, as in a recipe; by default number format and tokenizer of the base."""
 
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    @property
+    def form(self) -> Output:
+        """The output of every recipe of the search. Another tokenizer brings its own chat template."""
+        template = "base" if self.tokenizer is None else None
+        return Output(
+            dtype=self.dtype,
+            tokenizer=self.tokenizer or "base",
+            chat_template=self.chat_template or template,
+        )
 
 
 class Workers(Frozen):
@@ -268,6 +277,7 @@ class Config(Frozen):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
+        self.output.check(("base", *self.models.experts))
         method = get_method(self.space.method)
         try:
             base = "base" if self.space.base else None
@@ -354,4 +364,5 @@ def _absolute(config: Config, folder: Path) -> Config:
     )
     include = tuple(str((folder / expand_home(entry)).resolve()) for entry in config.suite.include)
     suite = config.suite.model_copy(update={"include": include})
-    return config.model_copy(update={"models": models, "suite": suite})
+    output = resolve_output(config.output, ("base", *config.models.experts), folder)
+    return config.model_copy(update={"models": models, "suite": suite, "output": output})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -383,20 +383,23 @@ def load_recipe(path: Path) -> Recipe:
         return source.model_copy(update={"source": resolve_source(source.source, folder), "adapter": adapter})
 
     models = {name: place(source) for name, source in recipe.models.items()}
-    return recipe.model_copy(update={"models": models, "output": _output(recipe, folder)})
+    return recipe.model_copy(
+        update={"models": models, "output": resolve_output(recipe.output, models, folder)}
+    )
 
 
-def _output(recipe: Recipe, folder: Path) -> Output:
-    """Return the output with its files found: a tokenizer's folder in full, a chat template's file as text."""
+def resolve_output(output: Output, models: Iterable[str], folder: Path) -> Output:
+    """Return an output with its files found: a tokenizer's folder in full, a chat template's file as text."""
     update: dict[str, Any] = {}
-    tokenizer, template = recipe.output.vocabulary, recipe.output.chat_template
-    if tokenizer.is_folder(recipe.models):
+    models = set(models)
+    tokenizer, template = output.vocabulary, output.chat_template
+    if tokenizer.is_folder(models):
         update["tokenizer"] = tokenizer.model_copy(
             update={"source": resolve_source(tokenizer.source, folder)}
         )
-    if template is not None and template.endswith(".jinja") and template not in recipe.models:
+    if template is not None and template.endswith(".jinja") and template not in models:
         update["chat_template"] = read_text(folder / expand_home(template), "chat template")
-    return recipe.output.model_copy(update=update)
+    return output.model_copy(update=update)
 
 
 def resolve_source(text: str, folder: Path) -> str:

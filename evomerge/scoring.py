@@ -78,11 +78,10 @@ def evaluate(
     if split == "test" and not isinstance(model, Recipe):
         _refuse_early_opening(Path(model))
     prepare(offline=not (config.uses_hub or recipe.uses_hub))
-    from evomerge.merging import open_parents, pin, plan_merge
+    from evomerge.merging import open_parents, output_tokenizer, pin, plan_merge
 
     # Before the imports below, which take seconds: a mistyped model is told at once.
     checkpoints = open_parents(recipe)
-    from evomerge.checkpoints import load_tokenizer
     from evomerge.evaluation.engine import HFEngine
     from evomerge.evaluation.statistics import score
     from evomerge.evaluation.suite import Suite
@@ -95,7 +94,7 @@ def evaluate(
     label = f"recipe {recipe.hash}" if isinstance(model, Recipe) else str(model)
     plan = plan_merge(recipe, checkpoints)
     config = decide_engine(config, checkpoints[plan.donor])
-    tokenizer = load_tokenizer(plan.vocabulary.source.folder)
+    tokenizer = output_tokenizer(recipe, checkpoints)
     built = Suite.build(
         config.suite,
         config.splits,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,17 +22,21 @@ from evomerge.checkpoints import (
     open_checkpoint,
     parse_size,
 )
-from evomerge.checkpoints.tokenizer import tokenizer_sha256, write_chat_templates
+from evomerge.checkpoints.tokenizer import load_tokenizer, tokenizer_sha256, write_chat_templates
 from evomerge.environment import prepare
 from evomerge.errors import CandidateFailed, CheckpointError, UserError
 from evomerge.mergekit import open_recipe
+from evomerge.merging.chat import chosen_templates
 from evomerge.merging.execute import NonFinite, Progress, execute
 from evomerge.merging.plan import MergePlan, TensorJob, plan_merge
 from evomerge.merging.sinks import FileSink, HashSink, LiveSink, Sink
-from evomerge.merging.vocabulary import donor_of
+from evomerge.merging.vocabulary import donor_of, output_vocabulary
+from evomerge.output import Output
 from evomerge.recipe import Recipe, Source
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from evomerge.merging.live import Materializer, live_model
 
 __all__ = [
@@ -284,11 +288,28 @@ def pin(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Recipe:
     missing = {name: checkpoints[name] for name, source in recipe.models.items() if source.sha256 is None}
     known = {name: source.sha256 for name, source in recipe.models.items() if source.sha256 is not None}
     recipe = recipe.pinned({**known, **_hashes(missing)})
-    tokenizer = recipe.output.vocabulary
-    if not tokenizer.is_folder(recipe.models) or tokenizer.sha256 is not None:
-        return recipe
+    return recipe.model_copy(update={"output": pin_output(recipe.output, recipe.models)})
+
+
+def pin_output(output: Output, models: Iterable[str]) -> Output:
+    """Return the output with the content hash of a tokenizer that is a folder."""
+    tokenizer = output.vocabulary
+    if not tokenizer.is_folder(models) or tokenizer.sha256 is not None:
+        return output
     pinned = tokenizer.model_copy(update={"sha256": tokenizer_sha256(Path(tokenizer.source))})
-    return recipe.model_copy(update={"output": recipe.output.model_copy(update={"tokenizer": pinned})})
+    return output.model_copy(update={"tokenizer": pinned})
+
+
+def output_tokenizer(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> PreTrainedTokenizerBase:
+    """Load the tokenizer, with its chat template, that a recipe's output has."""
+    vocabulary = output_vocabulary(recipe, checkpoints)
+    templates, _ = chosen_templates(recipe, checkpoints, vocabulary)
+    with vocabulary.folder() as folder:
+        tokenizer = load_tokenizer(folder)
+    if templates is not None:
+        only = templates.get("default") if len(templates) <= 1 else None
+        tokenizer.chat_template = only or dict(templates) or None
+    return tokenizer
 
 
 def _check_out(out: Path, checkpoints: Mapping[str, Checkpoint]) -> None:

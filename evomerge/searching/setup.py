@@ -63,7 +63,6 @@ class Setup:
         """Return what each worker needs."""
         return WorkerSpec(
             sources=dict(self.sources),
-            tokenizer=BASE,
             suite=self.config.suite,
             splits=self.config.splits,
             engine=self.config.engine,
@@ -185,9 +184,10 @@ def set_up(config: Config, *, file: Path | str, weights: bool = True) -> Setup:
         UserError: with one sentence, for anything that does not fit.
     """
     prepare(offline=not config.uses_hub)
-    from evomerge.checkpoints import load_tokenizer
     from evomerge.evaluation.engine import packing_name
     from evomerge.evaluation.suite import Suite
+    from evomerge.merging import output_tokenizer, pin_output
+    from evomerge.merging.vocabulary import output_vocabulary
     from evomerge.spaces import baseline_recipes, space_for
 
     config = adapters_on_base(config)
@@ -195,6 +195,7 @@ def set_up(config: Config, *, file: Path | str, weights: bool = True) -> Setup:
     base = checkpoints[BASE]
     config = pin_revisions(decide_engine(config, base), checkpoints)
     config, mixed = decide_output(config, base)
+    config = config.model_copy(update={"output": pin_output(config.output, checkpoints)})
     warnings += mixed
     sources = {
         name: source.model_copy(update={"sha256": checkpoints[name].sha256 if weights else "0" * 64})
@@ -203,7 +204,10 @@ def set_up(config: Config, *, file: Path | str, weights: bool = True) -> Setup:
     if weights:
         warnings += _same_content(sources)
     space = space_for(config, num_layers=base.num_layers, sources=sources, file=file)
-    suite = Suite.build(config.suite, config.splits, load_tokenizer(base.path), file=str(file))
+    initial = space.decode(space.initial)
+    warnings += tuple(output_vocabulary(initial, checkpoints).warnings)
+    tokenizer = output_tokenizer(initial, checkpoints)
+    suite = Suite.build(config.suite, config.splits, tokenizer, file=str(file))
     per_block, per_generation = block_sizes(
         search_items=len(suite.items("search")),
         tasks=len(suite.tasks),
@@ -216,7 +220,7 @@ def set_up(config: Config, *, file: Path | str, weights: bool = True) -> Setup:
         for split in SPLITS
     }
     per_generation = min(per_generation, len(blocks["search"]))
-    baselines = {**baseline_recipes(config, sources), "initial": space.decode(space.initial)}
+    baselines = {**baseline_recipes(config, sources), "initial": initial}
     return Setup(
         config=config,
         checkpoints=checkpoints,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from evomerge.config import Config
-from evomerge.recipe import Merge, Output, Recipe, Source
+from evomerge.recipe import Merge, Recipe, Source
 from evomerge.spaces.coefficients import MERGE
 
 
@@ -31,9 +31,11 @@ def undefined_baselines(config: Config) -> dict[str, str]:
 
 def _linear(config: Config, sources: Mapping[str, Source], inputs: tuple[str, ...]) -> Recipe:
     merge = Merge(method="linear", inputs=inputs, parameters={"weight": 1.0 / len(inputs)})
+    # A tokenizer of its own choosing may be made of any of the models.
+    names = sources if config.output.tokenizer is not None else dict.fromkeys(("base", *inputs))
     return Recipe(
-        models={name: sources[name] for name in dict.fromkeys(("base", *inputs))},
+        models={name: sources[name] for name in names},
         merges={MERGE: merge},
-        output=Output(dtype=config.output.dtype, tokenizer="base", chat_template="base"),
+        output=config.output.form,
         seed=config.seed,
     )

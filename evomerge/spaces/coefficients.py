@@ -10,7 +10,7 @@ from evomerge.checkpoints.names import ROLES, Position, Role
 from evomerge.config import Config
 from evomerge.errors import UserError, at
 from evomerge.methods.registry import Parameter, get_method
-from evomerge.recipe import Merge, Output, Recipe, Rule, Source
+from evomerge.recipe import Merge, Recipe, Rule, Source
 from evomerge.settings import Scalar, Value
 from evomerge.space_config import Depth, ParameterSpec, Smooth
 from evomerge.spaces.chains import SHARED, Tier, recipient_of, slots, tiers_by_role
@@ -88,7 +88,7 @@ class CoefficientSpace:
         self._layers = num_layers
         self._experts = tuple(config.models.experts)
         self._models = {name: sources[name] for name in ("base", *self._experts)}
-        self._output = Output(dtype=config.output.dtype, tokenizer="base", chat_template="base")
+        self._output = config.output.form
         coordinates: list[Coordinate] = []
         self._fields: list[_Field] = []
         for parameter in self._method.parameters_in(config.space.dialect):

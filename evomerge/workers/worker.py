@@ -27,7 +27,6 @@ class WorkerSpec:
 
     Attributes:
         sources: parents by name, pinned to their content.
-        tokenizer: name of the model whose tokenizer is used.
         suite, splits: what is scored.
         engine: how; `device`, `batch_tokens` and `max_length` already decided.
         splits_needed: the item sets to build.
@@ -36,7 +35,6 @@ class WorkerSpec:
     """
 
     sources: Mapping[str, Source]
-    tokenizer: str
     suite: Suite
     splits: Splits
     engine: Engine
@@ -59,10 +57,12 @@ class Worker:
     def prepare(self, recipe: Recipe) -> str:
         """Open the parents, build the suite, materialise a first recipe; return the engine's fingerprint.
 
+        The tokenizer of the first recipe's output serves for all.
+
         Raises:
             UserError: the files are not what the driver saw, or the first recipe cannot be scored at all.
         """
-        self._bench = _Bench(self._spec)
+        self._bench = _Bench(self._spec, recipe)
         try:
             return self._bench.hold(recipe).fingerprint
         except CandidateFailed as reason:
@@ -104,18 +104,17 @@ class Worker:
 class _Bench:
     """What a prepared worker holds: parents, suite, one live model and its engine."""
 
-    def __init__(self, spec: WorkerSpec) -> None:
+    def __init__(self, spec: WorkerSpec, recipe: Recipe) -> None:
         prepare(offline=spec.offline)
         import torch
 
-        from evomerge.checkpoints import load_tokenizer
         from evomerge.evaluation.suite import Suite as BuiltSuite
-        from evomerge.merging import Materializer
+        from evomerge.merging import Materializer, output_tokenizer
 
         if spec.engine.device == "cpu":
             torch.set_num_threads(1)
         checkpoints = _open(spec.sources)
-        self._tokenizer = load_tokenizer(checkpoints[spec.tokenizer].path)
+        self._tokenizer = output_tokenizer(recipe, checkpoints)
         self._materializer = Materializer(checkpoints, device=spec.engine.device)
         self._settings = spec.engine
         self._held = ""
