@@ -18,8 +18,11 @@ from evomerge.mergekit.document import (
     Reference,
     Slice,
     Tokenizer,
+    TokenRule,
 )
 from evomerge.methods.registry import MergeMethod, Parameter, all_methods, get_method
+from evomerge.output import Tokenizer as OutputTokenizer
+from evomerge.output import TokenRule as OutputTokenRule
 from evomerge.recipe import DTYPES, Hop, Merge, Output, Recipe, Rule, Source, expand_home, load_recipe
 from evomerge.schema import read_yaml, shown, validate
 from evomerge.settings import Filtered, Scalar, Setting, Value
@@ -375,35 +378,45 @@ class _Reader:
         base = document.base_model
         if tokenizer is None and base is not None:
             tokenizer = self._name(base)
-        return Output(dtype=cast(Any, written), tokenizer=tokenizer, chat_template=self._chat_template())
+        return Output(dtype=cast(Any, written), tokenizer=tokenizer, chat_template=document.chat_template)
 
-    def _tokenizer(self, tokenizer: Tokenizer | None) -> str | None:
+    def _tokenizer(self, tokenizer: Tokenizer | None) -> str | OutputTokenizer | None:
         document = self._document
         key = "tokenizer_source" if tokenizer is None else "tokenizer.source"
         source = document.tokenizer_source if tokenizer is None else tokenizer.source
-        if tokenizer is not None:
-            for token in tokenizer.tokens or {}:
-                raise ValueError(
-                    f"tokenizer.tokens.{token}: embeddings chosen token by token are not supported; leave them out"
-                )
-            if tokenizer.pad_to_multiple_of is not None:
-                raise ValueError("tokenizer.pad_to_multiple_of: is not supported; leave it out")
         if source is None:
             return None
-        if source == "union":
-            raise ValueError(f"{key}: union is not supported; give base, or a model")
         if source == "base":
             if document.base_model is None:
                 raise ValueError(f"{key}: base is given, but there is no base_model")
-            return self._name(document.base_model)
-        return self._name(_reference(source, key))
+            source = self._name(document.base_model)
+        elif source != "union":
+            source = self._name(_reference(source, key))
+        rules = {} if tokenizer is None else tokenizer.tokens or {}
+        multiple = None if tokenizer is None else tokenizer.pad_to_multiple_of
+        # mergekit gives the output a row for each token, and none of the padding that a model has.
+        return OutputTokenizer(
+            source=source,
+            pad_to_multiple_of=multiple or 1,
+            tokens={
+                token: self._token_rule(f"tokenizer.tokens.{token}", rule) for token, rule in rules.items()
+            },
+        )
 
-    def _chat_template(self) -> str | None:
-        if self._document.chat_template is not None:
-            raise ValueError(
-                "chat_template: is not supported; leave it out and put the template into the model"
-            )
-        return None
+    def _token_rule(self, key: str, rule: TokenRule) -> OutputTokenRule:
+        source = rule.source
+        if source is None:
+            raise ValueError(f"{key}.source: is missing; give a model, or {{kind: ...}}")
+        if isinstance(source, dict) and "kind" in source:
+            row = dict(source)
+            if "model" in row:
+                row["model"] = self._name(_reference(row["model"], f"{key}.source.model"))
+        else:
+            row = {"model": self._name(_reference(source, f"{key}.source"))}
+        try:
+            return validate(OutputTokenRule, {"source": row, "force": rule.force}, None)
+        except UserError as error:
+            raise ValueError(f"{key}: {error}") from None
 
     def _note_whole(self, parts: Sequence[_Part]) -> None:
         self.notes[:0] = of_method(self._method.name)

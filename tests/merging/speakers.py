@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,11 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from tests.merging.helpers import read64
+
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 SPECIAL = ["<s>", "</s>", "<pad>"]
+PERMUTED = [*reversed(BYTES), *SPECIAL]
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -85,3 +88,29 @@ def write_model(
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
     model.to(dtype).save_pretrained(folder)
     return folder
+
+
+class World:
+    """Three models: base (padded), a (other order, a word and a token of its own), b (a's token, more padding)."""
+
+    def __init__(self, folder: Path, **options: Any) -> None:
+        self.ids = {
+            "base": write_tokenizer(folder / "base", ["the", "Ġcat"]),
+            "a": write_tokenizer(folder / "a", ["Ġdog"], ["<|im_end|>"], order=PERMUTED),
+            "b": write_tokenizer(folder / "b", ["the"], ["<|im_end|>", "<tool>"]),
+        }
+        self.rows = {"base": 272, "a": len(self.ids["a"]), "b": 288}
+        self.models = {
+            name: write_model(folder / name, ids, seed, rows=self.rows[name], **options)
+            for seed, (name, ids) in enumerate(self.ids.items())
+        }
+
+    def row(self, tensors: Mapping[str, torch.Tensor], name: str, token: str) -> torch.Tensor | None:
+        """Return a model's row of a token as stored, or None."""
+        return tensors[name][self.ids[name][token]] if token in self.ids[name] else None
+
+
+def stored(world: World, tensor: str) -> dict[str, torch.Tensor]:
+    """Return each model's embedding or head in float64; a tied head is the embedding."""
+    found = {name: read64(path) for name, path in world.models.items()}
+    return {name: tensors.get(tensor, tensors[EMBEDDING]) for name, tensors in found.items()}

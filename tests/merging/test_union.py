@@ -15,8 +15,8 @@ from evomerge.checkpoints.union import UnionTokenizer
 from evomerge.errors import CheckpointError, UserError
 from evomerge.merging import merge, open_parents, plan_merge
 from tests.merging.helpers import make_recipe, read, read64
-from tests.merging.speakers import EMBEDDING, HEAD, write_model, write_tokenizer
-from tests.merging.test_vocabulary import ARITHMETIC, MEAN, WEIGHTS, World, stored
+from tests.merging.speakers import EMBEDDING, HEAD, World, stored, write_model, write_tokenizer
+from tests.merging.test_vocabulary import ARITHMETIC, MEAN, WEIGHTS
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from evomerge.errors import CheckpointError
 from evomerge.merging import HashSink, Materializer, execute, merge, open_parents, plan_merge
 from tests.merging.helpers import make_recipe, read, read64, rewrite
-from tests.merging.speakers import BYTES, EMBEDDING, HEAD, SPECIAL, write_model, write_tokenizer
+from tests.merging.speakers import EMBEDDING, HEAD, World, stored, write_model, write_tokenizer
 
-PERMUTED = [*reversed(BYTES), *SPECIAL]
 WEIGHTS = {"a": 0.5, "b": 0.75}
 ARITHMETIC = {
     "method": "task_arithmetic",
@@ -25,34 +24,9 @@ ARITHMETIC = {
 MEAN = {"method": "linear", "inputs": ["base", "a", "b"], "parameters": {"weight": 0.25}}
 
 
-class World:
-    """Three models: base (padded), a (other order, a word and a token of its own), b (a's token, more padding)."""
-
-    def __init__(self, folder, **options):
-        self.ids = {
-            "base": write_tokenizer(folder / "base", ["the", "Ġcat"]),
-            "a": write_tokenizer(folder / "a", ["Ġdog"], ["<|im_end|>"], order=PERMUTED),
-            "b": write_tokenizer(folder / "b", ["the"], ["<|im_end|>", "<tool>"]),
-        }
-        self.rows = {"base": 272, "a": len(self.ids["a"]), "b": 288}
-        self.models = {
-            name: write_model(folder / name, ids, seed, rows=self.rows[name], **options)
-            for seed, (name, ids) in enumerate(self.ids.items())
-        }
-
-    def row(self, tensors, name, token):
-        """Return a model's row of a token as stored, or None."""
-        return tensors[name][self.ids[name][token]] if token in self.ids[name] else None
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     return World(tmp_path_factory.mktemp("world"))
-
-
-def stored(world, tensor):
-    found = {name: read64(path) for name, path in world.models.items()}
-    return {name: tensors.get(tensor, tensors[EMBEDDING]) for name, tensors in found.items()}
 
 
 @pytest.mark.parametrize("tensor", [EMBEDDING, HEAD])
