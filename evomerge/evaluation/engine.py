@@ -355,7 +355,7 @@ class HFEngine:
 
     def _tree_matches(self) -> bool:
         """Whether two branches behind one context get the hidden states that they get alone."""
-        config = self.model.config
+        config = self.model.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
         window = getattr(config, "sliding_window", None)
         windowed = (

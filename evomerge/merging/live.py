@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -54,7 +55,7 @@ def live_model(
         built = AutoConfig.for_model(kind, **settings)
         with no_init_weights(), torch.device(device):
             model = _auto_class(built).from_config(built, dtype=dtype, trust_remote_code=False)
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, StrictDataclassError) as error:
         raise CheckpointError(
             f"model type '{kind}' cannot be built as a causal language model: {str(error).splitlines()[0]}"
         ) from None
