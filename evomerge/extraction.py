@@ -26,6 +26,7 @@ from evomerge.checkpoints import Checkpoint, Role, check_compatible, is_transpos
 from evomerge.checkpoints.completeness import input_embedding
 from evomerge.checkpoints.header import build_header
 from evomerge.checkpoints.locate import ADAPTER_CONFIG, ADAPTER_FILE
+from evomerge.checkpoints.names import is_outside
 from evomerge.errors import CheckpointError, InfrastructureError, UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -156,12 +157,12 @@ def extract_lora(
     tuned.check_finite()
     ancestor.check_finite()
 
-    changed = [name for name in ancestor.tensors if _differs(name, ancestor, tuned)]
+    changed = [name for name in _language(ancestor) if _differs(name, ancestor, tuned)]
     if not changed:
         raise CheckpointError(
             f"{tuned.path}: has the same weights as {ancestor.path}; there is nothing to extract"
         )
-    linear = [name for name in ancestor.tensors if _is_linear(name, ancestor)]
+    linear = [name for name in _language(ancestor) if _is_linear(name, ancestor)]
     kinds = {_module(name).rpartition(".")[2] for name in changed if name in set(linear)}
     adapted = [name for name in linear if _module(name).rpartition(".")[2] in kinds]
 
@@ -260,6 +261,11 @@ def _delta(name: str, base: Checkpoint, tuned: Checkpoint, device: str) -> Tenso
     return delta.T.contiguous() if is_transposed(base.config, name) else delta
 
 
+def _language(base: Checkpoint) -> list[str]:
+    """Return the tensors of the language model, which is what an adapter changes."""
+    return [name for name in base.tensors if not is_outside(name)]
+
+
 def _is_linear(name: str, base: Checkpoint) -> bool:
     tensor = parse(name)
     matrix = len(base.tensors[name].shape) == 2 and name.endswith(".weight")
@@ -356,12 +362,12 @@ def _save(
 ) -> set[str]:
     """Add changed tensors as a whole: biases of linear layers as biases, modules else; return their names."""
     modules = {_module(name) for name in adapted}
-    linear = {_module(name) for name in base.tensors if _is_linear(name, base)}
+    linear = {_module(name) for name in _language(base) if _is_linear(name, base)}
     biases = [name for name in rest if name.endswith(".bias") and _module(name) in linear]
     others = [name for name in rest if name not in biases]
     kinds = {_module(name).rpartition(".")[2] for name in others}
     # peft compares the end of a module's path with these names, without regard to its parts.
-    whole = [name for name in base.tensors if _module(name).endswith(tuple(kinds))]
+    whole = [name for name in _language(base) if _module(name).endswith(tuple(kinds))]
     clash = sorted(kind for kind in kinds if any(module.endswith(kind) for module in modules))
     if clash:
         raise CheckpointError(

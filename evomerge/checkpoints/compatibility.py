@@ -142,6 +142,12 @@ def _check_tensors(base: Checkpoint, name: str, other: Checkpoint, any_depth: bo
     heads = {output_head(base.tensors), output_head(other.tensors)} if base.tied != other.tied else set()
     missing = [tensor for tensor in compared(base) if tensor not in {*other.tensors, *heads}]
     unknown = [tensor for tensor in compared(other) if tensor not in {*base.tensors, *heads}]
+    if missing and unknown and _fused(missing) != _fused(unknown):
+        forms = {True: "one tensor of all experts", False: "a tensor of each expert"}
+        raise CheckpointError(
+            f"{other.path}: expert '{name}' has {forms[_fused(unknown)]} of a layer, {_called(base)} "
+            f"{forms[_fused(missing)]} ('{missing[0]}'); save both with the same version of transformers"
+        )
     if missing:
         raise CheckpointError(
             f"{other.path}: expert '{name}' lacks {_list(missing)}, which {_called(base)} has; "
@@ -167,6 +173,10 @@ def _check_tensors(base: Checkpoint, name: str, other: Checkpoint, any_depth: bo
             f"{other.path}: '{first}' has shape {list(other.tensors[first].shape)} in expert '{name}', "
             f"{list(base.tensors[first].shape)} in {_called(base)}{more}"
         )
+
+
+def _fused(tensors: list[str]) -> bool:
+    return any(tensor.endswith((".experts.gate_up_proj", ".experts.down_proj")) for tensor in tensors)
 
 
 def _outside_differences(base: Checkpoint, name: str, other: Checkpoint) -> list[str]:

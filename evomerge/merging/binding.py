@@ -29,6 +29,7 @@ def bind(model: nn.Module, plan: MergePlan) -> dict[str, torch.Tensor]:
     The names are matched as transformers does when it loads a folder; where it keeps the experts of a layer
     in one parameter, each expert's tensor is a view of its part. A tied head is bound once, under the
     embedding's name. Every element of the model's parameters and persistent buffers is covered exactly once.
+    Tensors outside the language model that the live model has no place for are left out, as at loading.
 
     Returns:
         Contiguous views of the live storage, in the shapes of the plan's tensors.
@@ -44,6 +45,7 @@ def bind(model: nn.Module, plan: MergePlan) -> dict[str, torch.Tensor]:
             live[name] = buffer
     kind = type(model).__name__
     places = _places(model, [job.name for job in plan.jobs], live)
+    places = {name: p for name, p in places.items() if p.target in live or name not in plan.copied}
     missing = [name for name, place in places.items() if place.target not in live]
     if missing:
         raise CheckpointError(f"tensor '{missing[0]}' has no counterpart in {kind}{_and_more(missing)}")
@@ -54,7 +56,7 @@ def bind(model: nn.Module, plan: MergePlan) -> dict[str, torch.Tensor]:
     views: dict[str, torch.Tensor] = {}
     for target, members in _by_target(places).items():
         views |= _views(kind, target, live[target], members, shapes)
-    return {job.name: views[job.name] for job in plan.jobs}
+    return {job.name: views[job.name] for job in plan.jobs if job.name in views}
 
 
 @dataclass(frozen=True)

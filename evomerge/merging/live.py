@@ -11,12 +11,14 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     GenerationConfig,
     PretrainedConfig,
 )
+from transformers import __version__ as transformers_version
 from transformers.initialization import no_init_weights
 
 from evomerge.checkpoints import Checkpoint
@@ -51,6 +53,11 @@ def live_model(
     """
     settings = {key: value for key, value in copy.deepcopy(dict(config)).items() if key != "auto_map"}
     kind = settings.pop("model_type", None)
+    if kind not in CONFIG_MAPPING:
+        raise CheckpointError(
+            f"model type '{kind}' cannot be built: this version of transformers ({transformers_version}) does "
+            "not know it; such models merge to disk, and cannot be scored in memory"
+        )
     try:
         built = AutoConfig.for_model(kind, **settings)
         with no_init_weights(), torch.device(device):
@@ -126,7 +133,7 @@ class Materializer:
         """
         plan = plan_merge(recipe, self._checkpoints)
         model, sink = self._live(plan)
-        changed = [job for job in plan.jobs if self._held.get(job.name) != job]
+        changed = [job for job in plan.jobs if job.name in sink and self._held.get(job.name) != job]
         self._held = {}
         execute(
             plan,

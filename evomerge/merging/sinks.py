@@ -47,6 +47,10 @@ class LiveSink:
     def __init__(self, parameters: Mapping[str, torch.Tensor]) -> None:
         self._flat = {name: tensor.detach().view(-1) for name, tensor in parameters.items()}
 
+    def __contains__(self, name: str) -> bool:
+        """Whether the model has a place for a tensor."""
+        return name in self._flat
+
     def write(self, name: str, start: int, chunk: torch.Tensor) -> None:
         self._flat[name][start : start + chunk.numel()].copy_(chunk)
 

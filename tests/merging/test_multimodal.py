@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+from evomerge.checkpoints import open_checkpoint
+from evomerge.checkpoints.names import is_outside
+from evomerge.errors import CheckpointError
+from evomerge.extraction import extract_lora
 from evomerge.merging import Materializer, merge, open_parents, plan_merge
 from evomerge.merging.binding import bind
-from tests.merging.helpers import digests, make_recipe, read
+from tests.merging.helpers import digests, make_recipe, read, rewrite
 from tests.models import VOCAB, make_model
 
 IDS = torch.randint(3, VOCAB - 3, (2, 9), generator=torch.Generator().manual_seed(1))
@@ -65,6 +70,12 @@ def text_model(wrapper: Path, folder: Path) -> Path:
     text.model.load_state_dict(whole.model.language_model.state_dict())
     text.save_pretrained(folder)
     return folder
+
+
+def edit(folder: Path, change) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def pick(models, **names):
@@ -183,3 +194,58 @@ def test_fused_and_separate_experts_merge_with_each_other(tmp_path, kind):
     live = Materializer(open_parents(mixed)).materialize(mixed)
     with torch.no_grad():
         assert torch.equal(live(IDS).logits, AutoModelForCausalLM.from_pretrained(out)(IDS).logits)
+
+
+def test_an_unknown_model_type_merges_to_disk_by_rule(tmp_path):
+    folders = {
+        n: make_model(tmp_path / n, s, layers=2, tokenizer=False) for s, n in enumerate(("base", "a", "b"))
+    }
+    known = merge(make_recipe(folders, merge=TIES), tmp_path / "known")
+    for folder in folders.values():
+        edit(folder, lambda config: config.update(model_type="unheard_of"))
+    recipe = make_recipe(folders, merge=TIES)
+    out = merge(recipe, tmp_path / "unknown")
+    assert digests(read(out)) == digests(read(known))
+    with pytest.raises(
+        CheckpointError, match=r"'unheard_of' cannot be built: this version of transformers .* disk"
+    ):
+        Materializer(open_parents(recipe)).materialize(recipe)
+
+
+def test_fused_and_separate_experts_of_an_unknown_model_type_are_refused(tmp_path):
+    folders = {}
+    for name, live_form in (("base", True), ("a", False), ("b", False)):
+        folders[name] = make_model(tmp_path / name, kind="qwen3_moe", live_form=live_form, tokenizer=False)
+        edit(folders[name], lambda config: config.update(model_type="unheard_of"))
+    with pytest.raises(
+        CheckpointError, match="'a' has a tensor of each expert of a layer, the base one tensor of all"
+    ):
+        open_parents(make_recipe(folders, merge=TIES))
+
+
+def test_tensors_that_transformers_would_not_load_are_copied_and_not_scored(models, tmp_path):
+    shutil.copytree(models["base"], tmp_path / "base")
+    extra = {
+        "vision_tower.seen": torch.tensor([3, 4]),
+        "vision_tower.flag": torch.tensor([True]),
+        "vision_tower.scalar": torch.tensor(0.5, dtype=torch.float16),
+    }
+    rewrite(tmp_path / "base", extra)
+    recipe = make_recipe({**pick(models, **WRAPPED), "base": tmp_path / "base"}, merge=LINEAR)
+    out = read(merge(recipe, tmp_path / "out"))
+    assert all(
+        torch.equal(out[name], tensor) and out[name].dtype == tensor.dtype for name, tensor in extra.items()
+    )
+    materializer = Materializer(open_parents(recipe))
+    assert materializer.materialize(recipe) is materializer.materialize(recipe)
+
+
+def test_an_adapter_extracted_from_a_multimodal_model_is_that_of_its_language_model(models, tmp_path):
+    extract_lora(models["wrapper a"], models["base"], tmp_path / "adapter", rank=64, save_rest=True)
+    adapted = open_checkpoint(models["base"], adapter=str(tmp_path / "adapter"))
+    tuned = open_checkpoint(models["wrapper a"])
+    for name in adapted.tensors:
+        if not is_outside(name):
+            assert torch.allclose(adapted.tensor(name), tuned.tensor(name), atol=1e-5), name
+        else:
+            assert torch.equal(adapted.tensor(name), open_checkpoint(models["base"]).tensor(name))
