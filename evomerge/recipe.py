@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import hashlib
 import json
@@ -10,10 +11,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from evomerge.checkpoints.names import ROLES, Position, Role, TensorName
 from evomerge.errors import UserError, nearest
+from evomerge.methods.expressions import factors
 from evomerge.methods.registry import MergeMethod, Parameter, get_method
 from evomerge.output import Output as Output
 from evomerge.schema import Frozen, Number, Whole, dump_yaml, read_text, read_yaml, shown, validate
@@ -101,7 +103,8 @@ class Merge(Frozen):
     For each parameter of a tensor, and for each input, the first rule that matches the tensor and sets it
     gives the value; then the merge's own `parameters`, then the method's default. The method is found
     likewise. A value may be a gradient over depth, or depend on the tensor's name (`evomerge.settings`);
-    where no filter of a place matches, the next place is asked.
+    where no filter of a place matches, the next place is asked. A `weight` may be a linear expression of the
+    inputs, such as ``c + (b - a)`` ("a is to b as c is to …"); it stands for each input's factor.
     """
 
     method: str
@@ -115,6 +118,19 @@ class Merge(Frozen):
     @classmethod
     def _known_method(cls, name: str) -> str:
         return get_method(name).name
+
+    @field_validator("parameters")
+    @classmethod
+    def _weights(cls, parameters: dict[str, Value], info: ValidationInfo) -> dict[str, Value]:
+        return _with_factors(parameters, info.data.get("inputs", ()))
+
+    @field_validator("rules")
+    @classmethod
+    def _weights_of_rules(cls, rules: tuple[Rule, ...], info: ValidationInfo) -> tuple[Rule, ...]:
+        inputs = info.data.get("inputs", ())
+        return tuple(
+            rule.model_copy(update={"parameters": _with_factors(rule.parameters, inputs)}) for rule in rules
+        )
 
     def resolve(
         self,
@@ -425,6 +441,11 @@ def _required(method: MergeMethod, dialect: str) -> list[str]:
 
 
 def _check_value(parameter: Parameter, value: Value, inputs: Sequence[str], place: str) -> None:
+    if parameter.name == "weight" and isinstance(value, str):
+        try:
+            factors(value, inputs)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
     if not isinstance(value, dict):
         for item in scalars(value):
             parameter.check(item, place)
@@ -438,6 +459,15 @@ def _check_value(parameter: Parameter, value: Value, inputs: Sequence[str], plac
             raise ValueError(f"{place}: '{name}' is not an input of the merge{nearest(name, inputs)}")
         for item in scalars(setting):
             parameter.check(item, f"{place}.{name}")
+
+
+def _with_factors(parameters: dict[str, Value], inputs: Sequence[str]) -> dict[str, Value]:
+    """Replace a weight that is an expression of the inputs by each input's factor; keep one that is wrong."""
+    weight = parameters.get("weight")
+    if isinstance(weight, str):
+        with contextlib.suppress(ValueError):
+            return {**parameters, "weight": dict(factors(weight, inputs))}
+    return parameters
 
 
 def _first(

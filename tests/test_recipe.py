@@ -145,6 +145,29 @@ def test_the_seed_counts_for_random_methods_only() -> None:
     assert Recipe.from_dict({**dare, "seed": 1}).hash != Recipe.from_dict({**dare, "seed": 2}).hash
 
 
+def test_an_expression_of_the_inputs_is_another_way_to_write_their_weights() -> None:
+    def recipe(weight: object, rule: object) -> Recipe:
+        merge = {
+            "method": "task_arithmetic",
+            "base": "base",
+            "inputs": ["a", "b", "the c"],
+            "parameters": {"weight": weight},
+            "rules": [{"layers": [0], "parameters": {"weight": rule}}],
+        }
+        models = {name: {"source": name, "sha256": name} for name in ("base", "a", "b", "the c")}
+        return Recipe.from_dict({"models": models, "merges": {"m": merge}})
+
+    written = recipe("'the c' + (b - a)", "b / 2")
+    assert written.main.parameters["weight"] == {"a": -1, "b": 1, "the c": 1}
+    by_name = recipe({"a": -1.0, "b": 1.0, "the c": 1.0}, {"a": 0.0, "b": 0.5, "the c": 0.0})
+    assert written.hash == by_name.hash
+    assert Recipe.from_dict(parse_yaml(written.to_yaml(), None)) == by_name
+    with pytest.raises(
+        UserError, match=r"merges\.m\.rules\.0\.parameters\.weight: 'a \* b' multiplies models"
+    ):
+        recipe(1.0, "a * b")
+
+
 def test_inputs_of_equal_content_keep_their_own_weights() -> None:
     def twins(x: float, y: float) -> str:
         data = copy.deepcopy(LINEAR)
@@ -348,7 +371,10 @@ REFUSED: list[tuple[Change, str]] = [
         parameters(weight={}),
         "merges.merge.parameters.weight: is empty; give one value for all inputs, or one each by",
     ),
-    (parameters(weight="big"), "merges.merge.parameters.weight: 'big' is not a finite number"),
+    (
+        parameters(weight="big"),
+        "merges.merge.parameters.weight: 'big' is not an input of the merge (known: x, y)",
+    ),
     (
         parameters(weight=float("nan")),
         "merges.merge.parameters.weight: nan is not accepted: give a finite number",

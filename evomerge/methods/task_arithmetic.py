@@ -11,7 +11,10 @@ from evomerge.methods.kernels import DeltaCombination, Values
 from evomerge.methods.registry import MergeMethod, Parameter, register
 
 WEIGHT = Parameter(
-    "weight", "expert", "Factor of the expert's task vector; negative subtracts it, 0 leaves it out."
+    "weight",
+    "expert",
+    "Factor of the expert's task vector; negative subtracts it, 0 leaves it out. In a recipe also one expression "
+    'of the inputs for all: "c + (b - a)" is an analogy, a is to b as c is to the result.',
 )
 LAMBDA = Parameter("lambda", "shared", "Factor of the merged task vector.", 1.0)
 NORMALIZE = Parameter(
