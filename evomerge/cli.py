@@ -139,6 +139,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     sub.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
+    sub = command("convert", _convert, "write pickled weights (.bin) as safetensors", _CONVERT_HELP)
+    sub.add_argument("source", metavar="SOURCE", help="model or adapter: a folder or hub id")
+    sub.add_argument("out", type=Path, metavar="OUT", help="folder to write; must not exist")
+    sub.add_argument("--revision", metavar="R", help="of a hub id: branch, tag or commit")
+    sub.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="of a weights file (default: 5GB)"
+    )
+
     sub = command("evaluate", _evaluate, "score a model or a recipe on a config's suite", _EVALUATE_HELP)
     sub.add_argument("model", metavar="MODEL_OR_RECIPE", help="model folder, recipe file or run directory")
     sub.add_argument("--config", type=Path, required=True, metavar="CONFIG", help="whose suite is used")
@@ -213,6 +221,14 @@ examples:
 
 The folder loads with peft, and can be named as an expert. The table shows how much of the change each kind
 of layer keeps; what is not a linear layer is named, and written only with --save-rest.
+"""
+_CONVERT_HELP = """\
+examples:
+  evomerge convert ./old-model ./model
+  evomerge convert org/old-adapter ./adapter
+
+Reads pytorch_model.bin (or its shards) or adapter_model.bin with an unpickler that makes tensors and runs no
+code; a file that needs more is refused. Tensors keep their bytes.
 """
 _EVALUATE_HELP = """\
 examples:
@@ -362,6 +378,20 @@ def _extract_lora(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         raise Stopped(f"Stopped; {options.out} was not written.") from None
     print(json.dumps(extraction.to_dict(), indent=2) if options.json else f"{extraction.path}\n{extraction}")
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    prepare(offline=Path(options.source).expanduser().exists())
+    from evomerge.checkpoints.conversion import convert
+
+    try:
+        out = convert(
+            options.source, options.out, revision=options.revision, max_shard_size=options.max_shard_size
+        )
+    except KeyboardInterrupt:
+        raise Stopped(f"Stopped; {options.out} was not written.") from None
+    print(out)
     return 0
 
 

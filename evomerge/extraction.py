@@ -7,11 +7,8 @@ closest to Δ = θ − θ_0. Where a decomposition of the whole matrix would tak
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import secrets
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -23,11 +20,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from evomerge.checkpoints import Checkpoint, Role, check_compatible, is_transposed, open_checkpoint, parse
+from evomerge.checkpoints.adapter_writer import write_adapter
 from evomerge.checkpoints.completeness import input_embedding
-from evomerge.checkpoints.header import build_header
-from evomerge.checkpoints.locate import ADAPTER_CONFIG, ADAPTER_FILE
 from evomerge.checkpoints.names import is_outside
-from evomerge.errors import CheckpointError, InfrastructureError, UserError
+from evomerge.errors import CheckpointError, UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -178,7 +174,7 @@ def extract_lora(
     adapter = _lay_out(factors, rank, alpha, _origin(base, ancestor), ancestor)
     saved = _save(rest, adapter, ancestor, tuned, set(factors)) if save_rest else set()
     parts, total = _summary(factors, rest, saved, ancestor, tuned)
-    _write(out, adapter)
+    write_adapter(out, adapter.config, adapter.tensors)
     return Extraction(out, parts, total)
 
 
@@ -446,26 +442,3 @@ def _check_arguments(
         raise UserError(f"--dtype {dtype}: should be one of {', '.join(DTYPES)}")
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise UserError(f"{out}: exists already and is not an empty folder; name a new one")
-
-
-def _write(out: Path, adapter: _Adapter) -> None:
-    """Write the PEFT folder; nothing is seen of it before it is complete."""
-    out = Path(os.path.abspath(out))
-    partial = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
-    adapter.tensors.sort(key=lambda tensor: -tensor[2].itemsize)
-    header, _ = build_header([tensor[:3] for tensor in adapter.tensors])
-    try:
-        partial.mkdir(parents=True)
-        with (partial / ADAPTER_FILE).open("wb") as stream:
-            stream.write(header)
-            for _, _, _, pieces in adapter.tensors:
-                for piece in pieces:
-                    stream.write(piece.reshape(-1).view(torch.uint8).numpy().data)
-        text = json.dumps(adapter.config, indent=2, ensure_ascii=False) + "\n"
-        (partial / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
-        os.rename(partial, out)
-    except OSError as error:
-        kind = InfrastructureError if error.errno == 28 else UserError
-        raise kind(f"{out}: cannot be written: {error.strerror}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

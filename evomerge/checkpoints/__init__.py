@@ -1,5 +1,6 @@
 """Hugging Face checkpoints: finding, reading, comparing and writing them; what their tensors are called."""
 
+from evomerge.checkpoints.adapted import AdaptedCheckpoint, commits
 from evomerge.checkpoints.compatibility import check_compatible
 from evomerge.checkpoints.header import TensorInfo
 from evomerge.checkpoints.locate import find, is_adapter, locate
@@ -18,6 +19,7 @@ __all__ = [
     "CHAT_TEMPLATE_FILES",
     "ROLES",
     "TOKENIZER_FILES",
+    "AdaptedCheckpoint",
     "Checkpoint",
     "CheckpointWriter",
     "Layout",
@@ -27,6 +29,7 @@ __all__ = [
     "TensorName",
     "check_compatible",
     "check_tokenizers",
+    "commits",
     "find",
     "is_adapter",
     "is_buffer",

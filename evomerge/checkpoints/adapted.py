@@ -15,6 +15,7 @@ import torch
 from evomerge.checkpoints.adapters import Adapter, Change, combined_sha256, fit
 from evomerge.checkpoints.completeness import head_name, input_embedding
 from evomerge.checkpoints.header import TensorInfo
+from evomerge.checkpoints.hub import commit_of
 from evomerge.checkpoints.model_config import set_tied
 from evomerge.checkpoints.reader import Checkpoint
 
@@ -225,6 +226,23 @@ def adapt(base: Checkpoint, adapter: Adapter, *, name: str) -> AdaptedCheckpoint
         changes=changes,
         sources=sources,
     )
+
+
+def commits(checkpoint: Checkpoint, source: str, adapter: str | None) -> dict[str, str]:
+    """Return the commits at which an opened model and its adapter were found on the hub.
+
+    Args:
+        checkpoint: opened from the two.
+        source, adapter: how the user names them: folders or hub ids.
+
+    Returns:
+        ``revision`` and ``adapter_revision``, each only for a hub id.
+    """
+    lora = checkpoint.adapter.path if isinstance(checkpoint, AdaptedCheckpoint) else checkpoint.path
+    found = {"revision": commit_of(source, lora if adapter is None else checkpoint.path)}
+    if adapter is not None:
+        found["adapter_revision"] = commit_of(adapter, lora)
+    return {key: commit for key, commit in found.items() if commit is not None}
 
 
 def _unties(changes: dict[str, Change], embedding: str, head: str, adapter: Adapter) -> bool:

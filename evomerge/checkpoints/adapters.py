@@ -7,7 +7,6 @@ LoRA (Hu et al. 2021, arXiv 2106.09685): W = W_0 + (α / r) · B A; rank-stabili
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -18,10 +17,11 @@ from typing import Any
 
 from evomerge.checkpoints.completeness import output_head
 from evomerge.checkpoints.content import cached_content_hash
+from evomerge.checkpoints.files import ADAPTER_CONFIG, ADAPTER_FILE, explain_weights
 from evomerge.checkpoints.header import DTYPE_NAMES, MERGEABLE, TensorInfo, read_header
-from evomerge.checkpoints.locate import ADAPTER_CONFIG, ADAPTER_FILE
 from evomerge.checkpoints.names import is_buffer, is_transposed, parse
 from evomerge.checkpoints.open_files import OpenFiles
+from evomerge.checkpoints.reader import read_object
 from evomerge.errors import CheckpointError, at, nearest
 
 MERGE_FIRST = "merge it into its base first (peft: model.merge_and_unload().save_pretrained(folder))"
@@ -162,19 +162,12 @@ def read_adapter(path: Path) -> Adapter:
             tensors; names the file, the key or tensor, and the way out.
     """
     file = path / ADAPTER_CONFIG
-    config = _read_config(file)
+    config = read_object(file)
     _check_kind(config, file)
     weights = path / ADAPTER_FILE
     if not weights.is_file():
-        pickled = next(
-            (name for name in ("adapter_model.bin", "adapter_model.pt") if (path / name).exists()), ""
-        )
-        raise CheckpointError(
-            f"{path}: has only pickled weights ({pickled}), which are never opened because they can run code; "
-            "convert them with 'evomerge convert'"
-            if pickled
-            else f"{weights}: is missing; the folder is not a complete PEFT adapter"
-        )
+        names = [entry.name for entry in path.iterdir()]
+        raise CheckpointError(f"{path}: {explain_weights(names, str(path), adapter=True)}")
     tensors = {info.name: info for info in read_header(weights)}
     for info in tensors.values():
         if info.dtype not in MERGEABLE:
@@ -222,18 +215,6 @@ def fit(
             raise CheckpointError(f"{adapter.path}: the adapter changes '{target}' of {base} twice")
         fitted[target] = _oriented(adapter, name, change, shapes[target], is_transposed(config, target), base)
     return fitted
-
-
-def _read_config(file: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: not valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{file}: should hold a JSON object, holds {type(config).__name__}")
-    return config
 
 
 def _check_kind(config: dict[str, Any], file: Path) -> None:

@@ -21,17 +21,9 @@ from evomerge.checkpoints.completeness import (
     output_head,
 )
 from evomerge.checkpoints.content import cached_content_hash
+from evomerge.checkpoints.files import ADAPTER_CONFIG, CONFIG_FILE, INDEX_FILE, SINGLE_FILE
 from evomerge.checkpoints.header import COPYABLE, DTYPE_NAMES, MERGEABLE, TensorInfo, read_header
-from evomerge.checkpoints.locate import (
-    ADAPTER_CONFIG,
-    CONFIG_FILE,
-    INDEX_FILE,
-    SINGLE_FILE,
-    check_weights,
-    find,
-    find_adapter,
-    is_adapter,
-)
+from evomerge.checkpoints.locate import check_weights, find, find_adapter, is_adapter
 from evomerge.checkpoints.model_config import text_config
 from evomerge.checkpoints.names import is_outside
 from evomerge.checkpoints.open_files import OpenFiles
@@ -232,7 +224,7 @@ def _own_base(adapter: Adapter) -> Checkpoint:
 
 
 def _open_folder(path: Path, name: str) -> Checkpoint:
-    config = _read_object(path / CONFIG_FILE)
+    config = read_object(path / CONFIG_FILE)
     _refuse_quantised(path, config)
     infos = canonical(_read_files(path), config)
     for tensor, info in infos.items():
@@ -248,7 +240,12 @@ def _open_folder(path: Path, name: str) -> Checkpoint:
     return _without_tied_head(checkpoint) if tied else checkpoint
 
 
-def _read_object(file: Path) -> dict[str, Any]:
+def read_object(file: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        CheckpointError: it is missing, cannot be read, or holds something else.
+    """
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -282,7 +279,7 @@ def _read_files(path: Path) -> Iterable[TensorInfo]:
     if (path / SINGLE_FILE).exists():
         return read_header(path / SINGLE_FILE)
     index = path / INDEX_FILE
-    weight_map = _read_object(index).get("weight_map")
+    weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{at(index, 'weight_map')}should map tensor names to files")
     for tensor, shard in weight_map.items():

@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
+from evomerge.checkpoints.files import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
 from evomerge.checkpoints.header import build_header
-from evomerge.checkpoints.locate import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
 from evomerge.checkpoints.model_config import set_dtype
 from evomerge.checkpoints.tokenizer import PROCESSOR_FILES, copy_tokenizer
 from evomerge.errors import InfrastructureError, UserError

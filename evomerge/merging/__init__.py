@@ -19,6 +19,7 @@ from evomerge.checkpoints import (
     CheckpointWriter,
     check_compatible,
     check_tokenizers,
+    commits,
     open_checkpoint,
     parse_size,
 )
@@ -284,11 +285,16 @@ def verify_sources(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Non
 
 
 def pin(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Recipe:
-    """Return the recipe with the content hash of every model."""
+    """Return the recipe with the content hash of every model, and the commit of every one from the hub."""
     missing = {name: checkpoints[name] for name, source in recipe.models.items() if source.sha256 is None}
     known = {name: source.sha256 for name, source in recipe.models.items() if source.sha256 is not None}
     recipe = recipe.pinned({**known, **_hashes(missing)})
-    return recipe.model_copy(update={"output": pin_output(recipe.output, recipe.models)})
+    models = {
+        name: source.model_copy(update=commits(checkpoints[name], source.source, source.adapter))
+        for name, source in recipe.models.items()
+    }
+    output = pin_output(recipe.output, recipe.models)
+    return recipe.model_copy(update={"models": models, "output": output})
 
 
 def pin_output(output: Output, models: Iterable[str]) -> Output:

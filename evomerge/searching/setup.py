@@ -152,20 +152,10 @@ def decide_output(config: Config, base: Checkpoint) -> tuple[Config, tuple[str, 
 def pin_revisions(config: Config, checkpoints: Mapping[str, Checkpoint]) -> Config:
     """Return the config with the commit of every hub model written out, so that a resume sees the same files."""
 
-    def commit(place: str | None, folder: Path | None) -> str | None:
-        from_hub = place is not None and folder is not None and not Path(place).is_absolute()
-        return folder.name if from_hub and folder is not None and folder.parent.name == "snapshots" else None
+    from evomerge.checkpoints import commits
 
     def pinned(name: str, ref: ModelRef) -> ModelRef:
-        adapter = getattr(checkpoints[name], "adapter", None)
-        model = commit(ref.path, checkpoints[name].path)
-        lora = commit(ref.adapter, adapter.path if adapter else None)
-        return ref.model_copy(
-            update={
-                "revision": model or ref.revision,
-                "adapter_revision": lora or ref.adapter_revision,
-            }
-        )
+        return ref.model_copy(update=commits(checkpoints[name], ref.path, ref.adapter))
 
     experts = {name: pinned(name, ref) for name, ref in config.models.experts.items()}
     models = config.models.model_copy(update={"base": pinned(BASE, config.models.base), "experts": experts})

@@ -410,7 +410,7 @@ def test_folders_that_are_no_adapters_are_refused(base: Path, adapter: Path, tmp
     ):
         on(base, adapter)
     (adapter / "adapter_model.bin").unlink()
-    with pytest.raises(CheckpointError, match=r"adapter_model.safetensors: is missing"):
+    with pytest.raises(CheckpointError, match=r"holds no weights: there is no adapter_model.safetensors"):
         on(base, adapter)
     (adapter / "adapter_config.json").write_text("[")
     with pytest.raises(CheckpointError, match=r"adapter_config.json: not valid JSON"):

@@ -41,32 +41,6 @@ def test_a_hub_id_is_found_in_the_cache(model: Path, tmp_path: Path, monkeypatch
     assert open_checkpoint("org/tiny").name == "tiny"
 
 
-def test_only_weights_configs_tokenizers_and_templates_are_asked_of_the_hub(
-    model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from huggingface_hub.utils import filter_repo_objects
-
-    asked = {}
-    monkeypatch.setattr(
-        "huggingface_hub.snapshot_download", lambda source, **how: asked.update(how) or str(model)
-    )
-    locate("org/name", "main")
-    wanted = [
-        *("config.json", "generation_config.json", "model-00001-of-00002.safetensors"),
-        *("model.safetensors.index.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"),
-        *("chat_template.jinja", "additional_chat_templates/rag.jinja"),
-    ]
-    unwanted = [
-        *("pytorch_model.bin", "modeling_custom.py", "consolidated.safetensors", "original/params.json"),
-        *("onnx/model.onnx", "README.md", "gguf/model.gguf", "4bit/model.safetensors", "training_args.bin"),
-    ]
-    kept = filter_repo_objects(
-        [*wanted, *unwanted], allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"]
-    )
-    assert list(kept) == wanted
-    assert asked["revision"] == "main"
-
-
 def test_a_revision_of_a_local_folder_is_refused(model: Path) -> None:
     with pytest.raises(CheckpointError, match="revision 'main' is given, but this is a local folder"):
         locate(str(model), "main")
@@ -80,7 +54,7 @@ def test_a_file_is_refused(model: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "message"),
     [
-        ("pytorch_model.bin", r"pickled weights \(pytorch_model.bin\).*convert them to safetensors"),
+        ("pytorch_model.bin", r"pickled weights \(pytorch_model.bin\).*evomerge convert"),
         ("consolidated.00.pth", "pickled weights"),
         ("model.pt", "pickled weights"),
         ("model-q4.gguf", r"only GGUF weights \(model-q4.gguf\)"),
