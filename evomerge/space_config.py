@@ -31,6 +31,8 @@ class ParameterSpec(Frozen):
     """How one merge parameter is set: fixed (`value`), searched in a `range`, or out of `choices`.
 
     Attributes:
+        initial: where the search starts: one value, or of a range one for each control value over depth (the
+            roles embedding and head, where they have values of their own, take the first and the last).
         per: ``expert`` (each its own), ``shared``, or the name of one expert; None: by the method's scope.
         depth: how the value may change with depth.
         roles: ``all``, or the roles that get values of their own; ``other`` is the remainder.
@@ -40,7 +42,7 @@ class ParameterSpec(Frozen):
     value: bool | float | str | None = None
     range: tuple[Number, Number] | None = None
     choices: tuple[bool | float | str, ...] | None = None
-    initial: bool | float | str | None = None
+    initial: bool | float | str | tuple[Number, ...] | None = None
     log: bool = False
     integer: bool = False
     per: str | None = None
@@ -118,9 +120,22 @@ class ParameterSpec(Frozen):
             raise ValueError(f"range: {ends} is empty; the first number must be the smaller one")
         if self.log and low <= 0:
             raise ValueError(f"range: {ends} is not accepted: with log it must start above 0")
-        start = low if self.initial is None else self.initial
-        if isinstance(start, bool | str) or not low <= start <= high:
-            raise ValueError(f"initial: {shown(start)} lies outside the range {ends}")
+        starts = self.initial if isinstance(self.initial, tuple) else (self.initial,)
+        for start in starts:
+            if start is not None and (isinstance(start, bool | str) or not low <= start <= high):
+                raise ValueError(f"initial: {shown(start)} lies outside the range {ends}")
+        if isinstance(self.initial, tuple):
+            self._check_count(len(self.initial))
+
+    def _check_count(self, count: int) -> None:
+        depth = self.depth
+        if depth == "global":
+            raise ValueError("initial: a list needs a depth with one control value for each of its numbers")
+        wanted = (
+            depth.groups if isinstance(depth, Groups) else depth.smooth if isinstance(depth, Smooth) else None
+        )
+        if wanted is not None and count != wanted:
+            raise ValueError(f"initial: has {count} numbers, depth asks for {wanted}")
 
     @property
     def searched(self) -> bool:

@@ -29,11 +29,13 @@ class _Curve:
     Attributes:
         spec: the entry of the config.
         depth: the entry's depth; ``global`` where the roles occur at one position only.
+        slot: the role whose values these are, or nothing.
         start, stop: its coordinates in the genotype; none for a fixed value.
     """
 
     spec: ParameterSpec
     depth: Depth
+    slot: str
     start: int
     stop: int
 
@@ -182,19 +184,20 @@ class CoefficientSpace:
             if spec.searched:
                 name = parameter.name + (f"[{who}]" if who else "") + (f".{slot}" if slot else "")
                 name += f" {spec.tensors}" if spec.tensors else ""
-                for place in control_names(depth, self._layers):
-                    coordinates.append(make_coordinate(name + (f"@{place}" if place else ""), spec))
-            curves[index, who, slot] = _Curve(spec, depth, start, len(coordinates))
+                places = control_names(depth, self._layers)
+                for place, initial in zip(places, _starts(spec, slot, len(places)), strict=True):
+                    label = name + (f"@{place}" if place else "")
+                    coordinates.append(make_coordinate(label, spec, initial))
+            curves[index, who, slot] = _Curve(spec, depth, slot, start, len(coordinates))
         return _Field(parameter, tiers, curves, specs)
 
     def _controls(self, curve: _Curve, genotype: Genotype) -> list[Scalar]:
         if curve.spec.value is not None:
             return [curve.spec.value]
         values: list[Scalar] = []
-        initial = curve.spec.initial
-        for coordinate, number in list(zip(self.coordinates, genotype, strict=True))[
-            curve.start : curve.stop
-        ]:
+        place = slice(curve.start, curve.stop)
+        starts = _starts(curve.spec, curve.slot, curve.stop - curve.start)
+        for coordinate, number, initial in zip(self.coordinates[place], genotype[place], starts, strict=True):
             value = to_value(coordinate, number)
             values.append(initial if initial is not None and number == coordinate.initial else value)
         return values
@@ -244,6 +247,21 @@ class CoefficientSpace:
                     )
                 )
         return regions
+
+
+def _starts(spec: ParameterSpec, slot: str, count: int) -> Sequence[Scalar | None]:
+    """Return where each control value starts; None: in the middle.
+
+    Raises:
+        ValueError: the config gives another number of them.
+    """
+    if not isinstance(spec.initial, tuple):
+        return [spec.initial] * count
+    if slot in ("embedding", "head"):
+        return [spec.initial[0 if slot == "embedding" else -1]]
+    if len(spec.initial) != count:
+        raise ValueError(f"initial: has {len(spec.initial)} numbers, the model's depth asks for {count}")
+    return spec.initial
 
 
 def _value(recipients: Sequence[str], row: Sequence[Scalar]) -> Value:

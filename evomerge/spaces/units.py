@@ -10,28 +10,28 @@ from evomerge.space_config import ParameterSpec
 from evomerge.spaces.genotype import Coordinate
 
 
-def make_coordinate(name: str, spec: ParameterSpec) -> Coordinate:
-    """Return the coordinate of one searched number.
+def make_coordinate(name: str, spec: ParameterSpec, initial: Scalar | None) -> Coordinate:
+    """Return the coordinate of one searched number that starts at `initial`.
 
-    Without an `initial` the search starts in the middle of the range (the geometric mean of a log range), or
+    Without one the search starts in the middle of the range (the geometric mean of a log range), or
     at the first choice.
 
     Raises:
         ValueError: an integer range whose ends or initial are not whole.
     """
     if spec.choices is not None:
-        index = 0 if spec.initial is None else spec.choices.index(spec.initial)
+        index = 0 if initial is None else spec.choices.index(initial)
         return Coordinate(name, "choice", 0.0, 1.0, float(index), choices=spec.choices)
     assert spec.range is not None
     low, high = spec.range
     if not spec.integer:
-        initial = 0.5 if spec.initial is None else to_unit(float(spec.initial), low, high, spec.log)
-        return Coordinate(name, "float", low, high, initial, spec.log)
-    for value in (low, high, spec.initial):
+        unit = 0.5 if initial is None else to_unit(float(initial), low, high, spec.log)
+        return Coordinate(name, "float", low, high, unit, spec.log)
+    for value in (low, high, initial):
         if value is not None and not float(value).is_integer():
             raise ValueError(f"integer: {value} is not a whole number")
     coordinate = Coordinate(name, "integer", low, high, 0.5, spec.log)
-    start = float(to_value(coordinate, 0.5) if spec.initial is None else spec.initial)
+    start = float(to_value(coordinate, 0.5) if initial is None else initial)
     return replace(coordinate, initial=to_unit(start, low, high, spec.log))
 
 

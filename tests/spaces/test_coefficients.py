@@ -341,3 +341,43 @@ def test_a_base_that_is_optional_can_be_left_out() -> None:
     config = config.model_copy(update={"space": config.space.model_copy(update={"base": False})})
     space = CoefficientSpace(config, num_layers=4, sources=make_sources(config))
     assert space.decode(space.initial).main.base is None
+
+
+def test_each_control_value_may_start_at_a_place_of_its_own(tensor_names):
+    starts = [0.1, 0.7, 0.2]
+    space = make_space(
+        {
+            "weight": {
+                "range": [-1, 1],
+                "initial": starts,
+                "depth": {"smooth": 3},
+                "per": "shared",
+                "roles": ["mlp", "embedding", "head", "other"],
+            }
+        }
+    )
+    recipe = space.decode(space.initial)
+    for layer, expected in zip((0, 3), (0.1, 0.2), strict=True):
+        tensor = f"model.layers.{layer}.mlp.up_proj.weight"
+        assert value_of(recipe, tensor, "weight", "a") == expected
+    assert value_of(recipe, "model.embed_tokens.weight", "weight", "b") == 0.1
+    assert value_of(recipe, "lm_head.weight", "weight", "b") == 0.2
+    assert value_of(recipe, "model.norm.weight", "weight", "b") == 0.2
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"initial": [0.1, 2]}, r"initial: 2 lies outside the range \[0, 1\]"),
+        ({"initial": [0.1, 0.2], "depth": "global"}, "initial: a list needs a depth with one control value"),
+        ({"initial": [0.1], "depth": {"smooth": 2}}, "initial: has 1 numbers, depth asks for 2"),
+        ({"initial": [0.1, 0.2, 0.3], "depth": {"groups": 2}}, "initial: has 3 numbers, depth asks for 2"),
+        (
+            {"initial": [0.1, 0.2, 0.3], "depth": "layers"},
+            "initial: has 3 numbers, the model's depth asks for 4",
+        ),
+    ],
+)
+def test_starts_that_do_not_fit_the_depth_are_refused(entry, message):
+    with pytest.raises(UserError, match=message):
+        make_space({"weight": {"range": [0, 1], "depth": "layers", **entry}})
