@@ -1,12 +1,12 @@
-"""Where a merge in the dialect ``mergekit`` is not bit for bit what mergekit 0.1.5 makes of the same YAML."""
+"""Where a merge in the dialect ``mergekit`` is not what mergekit 0.1.5 makes of the same YAML."""
 
 from __future__ import annotations
 
 from evomerge.methods.registry import get_method
 
 _TRIM = (
-    "entries as large as the smallest one that is kept are all kept; mergekit keeps exactly as many as the density "
-    "says and leaves the choice among equal ones to its sort"
+    "entries as large as the smallest one that is kept are all kept, and a density of 0.29 keeps 29 of 100; "
+    "mergekit leaves the choice among equal entries to its sort, and rounds 0.29 * 100 down to 28"
 )
 _MASKS = "random masks have the same distribution as mergekit's but are other masks; they follow from the recipe's seed"
 
@@ -14,6 +14,19 @@ _OF_METHOD: dict[str, tuple[str, ...]] = {
     "ties": (_TRIM,),
     "breadcrumbs": (_TRIM,),
     "breadcrumbs_ties": (_TRIM,),
+    "model_stock": (
+        "where the task vectors oppose each other the base is kept; mergekit walks away from their average, "
+        "without bound",
+    ),
+    "sce": (
+        "models weigh in proportion to the squares of their task vectors, however small; mergekit weighs them "
+        "equally in tensors where these add up to less than 1e-6",
+    ),
+    "arcee_fusion": (
+        "quartiles are exact; mergekit takes those of a random sample of tensors with more than a million elements",
+    ),
+    "nearswap": ("differences under 1e-6 are what they are; mergekit treats them as 1e-6",),
+    "multislerp": ("models whose directions cancel out are averaged; mergekit gives up on them",),
 }
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from evomerge.checkpoints.chat_templates import BUILT_IN
 from evomerge.errors import UserError, at, nearest
 from evomerge.mergekit.differences import of_method
 from evomerge.mergekit.document import (
@@ -21,6 +22,7 @@ from evomerge.mergekit.document import (
     TokenRule,
 )
 from evomerge.methods.registry import MergeMethod, Parameter, all_methods, get_method
+from evomerge.output import AUTO, UNION
 from evomerge.output import Tokenizer as OutputTokenizer
 from evomerge.output import TokenRule as OutputTokenRule
 from evomerge.recipe import DTYPES, Hop, Merge, Output, Recipe, Rule, Source, expand_home, load_recipe
@@ -136,7 +138,7 @@ class _Reader:
         for part in parts:
             for reference, _, _ in part.sources:
                 self._name(reference)
-        output = self._output()
+        form = self._output()
         whole = parts[0].layers is None
         merges: dict[str, Merge] = {}
         path: list[Hop] = []
@@ -154,7 +156,7 @@ class _Reader:
             models=self._models,
             merges=merges,
             path=None if whole else tuple(path),
-            output=output,
+            output=form,
         )
 
     # What is merged with what.
@@ -353,7 +355,8 @@ class _Reader:
         return place.path
 
     def _free(self, taken: Iterable[str], name: str) -> str:
-        used = {*taken, *self._models}
+        # A model's name must not mean something else where the output names models.
+        used = {*taken, *self._models, UNION, AUTO, *BUILT_IN}
         return next(n for n in (name, *(f"{name}-{i}" for i in range(2, 1000))) if n not in used)
 
     def _output(self) -> Output:
@@ -378,7 +381,7 @@ class _Reader:
         base = document.base_model
         if tokenizer is None and base is not None:
             tokenizer = self._name(base)
-        return Output(dtype=cast(Any, written), tokenizer=tokenizer, chat_template=document.chat_template)
+        return Output(dtype=cast(Any, written), tokenizer=tokenizer, chat_template=self._chat_template())
 
     def _tokenizer(self, tokenizer: Tokenizer | None) -> str | OutputTokenizer | None:
         document = self._document
@@ -417,6 +420,20 @@ class _Reader:
             return validate(OutputTokenRule, {"source": row, "force": rule.force}, None)
         except UserError as error:
             raise ValueError(f"{key}: {error}") from None
+
+    def _chat_template(self) -> str | None:
+        template = self._document.chat_template
+        if template is None or template == AUTO or "{" in template:
+            return template
+        if template not in BUILT_IN:
+            raise ValueError(
+                f"chat_template: no template is called '{template}'{nearest(template, BUILT_IN)}; give auto, "
+                f"{', '.join(BUILT_IN)}, or the text of a Jinja template"
+            )
+        self.notes.append(
+            f"chat_template: {template} is the format's, written out anew; mergekit's text may differ"
+        )
+        return template
 
     def _note_whole(self, parts: Sequence[_Part]) -> None:
         self.notes[:0] = of_method(self._method.name)

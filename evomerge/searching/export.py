@@ -6,6 +6,8 @@ import csv
 from pathlib import Path
 
 from evomerge.errors import UserError
+from evomerge.mergekit import to_mergekit
+from evomerge.merging import open_parents
 from evomerge.searching.run import Run
 
 
@@ -22,7 +24,8 @@ def export(
     Args:
         folder: the run directory.
         out: the folder (hf) or file to write; must not exist.
-        format_: ``hf`` (a model), ``recipe``, or ``csv`` / ``parquet`` (one row per candidate).
+        format_: ``hf`` (a model), ``recipe``, ``mergekit`` (a YAML that says the same, differences as comments),
+            or ``csv`` / ``parquet`` (one row per candidate).
         candidate: take this candidate; None takes the winner, or the incumbent of an unfinished run.
         max_shard_size: of the model's weight files.
     """
@@ -46,6 +49,13 @@ def _write(run: Run, out: Path, format_: str, candidate: int | None, max_shard_s
     if format_ == "recipe":
         recipe = run.recipe if candidate is None else run.candidate(candidate)
         out.write_text(recipe.to_yaml(), encoding="utf-8")
+    elif format_ == "mergekit":
+        recipe = run.recipe if candidate is None else run.candidate(candidate)
+        written = to_mergekit(recipe, open_parents(recipe))
+        out.write_text(written.to_yaml(), encoding="utf-8")
+        what += " as a mergekit YAML" + (
+            f" ({len(written.notes)} differences are named in it)" if written.notes else ""
+        )
     else:
         run.export(out, candidate=candidate, max_shard_size=max_shard_size)
     return f"{what} of {run.path} is in {out}"

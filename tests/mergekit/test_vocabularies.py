@@ -18,7 +18,8 @@ from transformers import AutoTokenizer
 from evomerge.errors import UserError
 from evomerge.mergekit import from_mergekit
 from evomerge.merging import merge
-from tests.mergekit.test_golden import document, steps
+from tests.mergekit.conftest import steps
+from tests.mergekit.test_golden import document
 from tests.merging.helpers import read
 from tests.merging.speakers import EMBEDDING, HEAD, World
 
