@@ -105,7 +105,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("directory", type=Path, metavar="RUN", help="the run directory")
     sub.add_argument("--out", type=Path, required=True, metavar="PATH", help="folder or file to write")
     sub.add_argument("--candidate", type=int, metavar="ID", help="this candidate (default: the winner)")
-    sub.add_argument("--format", choices=("hf", "recipe", "csv", "parquet"), default="hf", help="default: hf")
+    sub.add_argument(
+        "--format", choices=("hf", "recipe", "mergekit", "csv", "parquet"), default="hf", help="default: hf"
+    )
     sub.add_argument(
         "--max-shard-size", default="5GB", metavar="SIZE", help="of a weights file (default: 5GB)"
     )
@@ -161,6 +163,23 @@ def _parser() -> argparse.ArgumentParser:
     _add_set(sub)
     sub.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
+    sub = command(
+        "init", _init, "write a search config around a published merge, or for a few models", _INIT_HELP
+    )
+    sub.add_argument(
+        "sources", nargs="+", metavar="SOURCE", help="a mergekit YAML; or models, the base first"
+    )
+    sub.add_argument(
+        "--tasks", required=True, metavar="A,B", help="names of lm-eval tasks, with commas between"
+    )
+    sub.add_argument(
+        "--include", action="append", default=[], metavar="DIR", help="folder with task files of your own"
+    )
+    sub.add_argument(
+        "--method", default="task_arithmetic", help="how models are merged (default: task_arithmetic)"
+    )
+    sub.add_argument("-o", "--out", type=Path, metavar="FILE", help="the config to write (default: stdout)")
+
     sub = command("methods", _methods, "list the merge methods and their parameters", "")
     sub.add_argument("name", nargs="?", metavar="METHOD", help="show this one alone")
     sub.add_argument("--json", action="store_true", help="one JSON object on stdout")
@@ -197,6 +216,7 @@ _EXPORT_HELP = """\
 examples:
   evomerge export runs/quickstart --out merged                        a Hugging Face folder
   evomerge export runs/quickstart --out recipe.yaml --format recipe   for 'evomerge merge'
+  evomerge export runs/quickstart --out merge.yml --format mergekit   the same for mergekit, differences named
   evomerge export runs/quickstart --out candidates.csv --format csv   one row per candidate
 """
 _MERGE_HELP = """\
@@ -238,6 +258,15 @@ examples:
 _PLAN_HELP = """\
 It tells the number of searched parameters, population and generations, items per split, the smallest
 difference that the items can resolve, the cost in item evaluations, and the memory.
+"""
+
+
+_INIT_HELP = """\
+examples:
+  evomerge init merge.yml --tasks gsm8k,arc_challenge -o my.yaml
+  evomerge init ./base ./maths ./code --tasks zoo_add --include ./zoo/tasks -o my.yaml
+
+Then read and edit it; 'evomerge plan' shows what the search will be.
 """
 
 
@@ -411,6 +440,26 @@ def _plan(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
     plan = plan_search(set_up(config, file=options.config, weights=False), config.budget)
     print(json.dumps(plan.to_dict(), indent=2) if options.json else str(plan))
+    return 0
+
+
+def _init(options: argparse.Namespace) -> int:
+    from evomerge.initial_config import initial_config
+
+    if options.out is not None and options.out.exists():
+        raise UserError(f"{options.out}: exists already; name another file with -o")
+    tasks = [task for entry in options.tasks.split(",") if (task := entry.strip())]
+    if not tasks:
+        raise UserError("--tasks: is empty; name at least one lm-eval task")
+    text = initial_config(options.sources, tasks, include=options.include, method=options.method)
+    if options.out is None:
+        print(text, end="")
+        return 0
+    try:
+        options.out.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{options.out}: cannot be written: {error.strerror or error}") from None
+    print(f"{options.out} is written. See what it will be with: evomerge plan {options.out}")
     return 0
 
 
