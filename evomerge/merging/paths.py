@@ -2,23 +2,26 @@
 
 A path is a list of hops (model or merge, layer, scale); scale w_t multiplies the residual stream that
 enters hop t: h_t = w_t h_{t-1} + A_t(n(w_t h_{t-1})) + M_t(n(·)). With P_t = w_1 … w_t and g_t = h_t / P_t a
-pre-norm block becomes g_t = g_{t-1} + A_t / P_t + M_t / P_t, because RMSNorm ignores the size of its input
-and keeps its sign. So the scales vanish into `o_proj` and `down_proj` and into the sign of the norms: exact
-up to the norms' epsilon, and the result is a stock checkpoint.
+pre-norm block becomes g_t = g_{t-1} + A_t / P_t + M_t / P_t, because RMSNorm and LayerNorm ignore the size of
+their input and keep its sign. So the scales vanish into the last matrices of attention and MLP (`o_proj`,
+`down_proj`; of a mixture those of all experts) and into the sign of the norms' weights: exact up to the norms'
+epsilon, and the result is a stock checkpoint.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from evomerge.checkpoints import Checkpoint
 from evomerge.checkpoints.compatibility import rope_settings
 from evomerge.checkpoints.completeness import layer_kind
 from evomerge.checkpoints.model_config import text_config
-from evomerge.checkpoints.names import parse
+from evomerge.checkpoints.names import Position, parse
 from evomerge.errors import CheckpointError, UserError
 from evomerge.recipe import Hop
 
@@ -27,30 +30,33 @@ SAFE_PRODUCT = 8.0
 # Pre-norm blocks whose norms multiply by their weight (not by 1 + weight) and whose residual stream is plain.
 FOLDABLE_TYPES = frozenset(
     {
-        "arcee",
-        "glm",
-        "granite",
-        "helium",
-        "llama",
-        "ministral",
-        "mistral",
-        "phi3",
-        "qwen2",
-        "qwen3",
-        "seed_oss",
-        "smollm3",
+        *(
+            "arcee",
+            "glm",
+            "gpt2",
+            "gpt_neox",
+            "granite",
+            "helium",
+            "llama",
+            "ministral",
+            "mistral",
+            "mixtral",
+        ),
+        *("olmoe", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm"),
     }
 )
-_OUTPUTS = ("self_attn.o_proj.weight", "self_attn.o_proj.bias", "mlp.down_proj.weight", "mlp.down_proj.bias")
-_NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
-_REQUIRED = ("self_attn.o_proj.weight", "mlp.down_proj.weight", *_NORMS)
-_INDIFFERENT = tuple(
-    f"{module}.{leaf}"
-    for module in (
-        *(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "qkv_proj", "q_norm", "k_norm")),
-        *(f"mlp.{name}" for name in ("gate_proj", "up_proj", "gate_up_proj")),
-    )
-    for leaf in ("weight", "bias")
+# What adds to the residual stream, what reads it, and what lies between the two.
+_OUTPUT = re.compile(
+    r"(self_attn\.o_proj|attention\.dense|attn\.c_proj"
+    r"|mlp\.(down_proj|dense_4h_to_h|c_proj|shared_expert\.down_proj|experts\.\d+\.down_proj)"
+    r"|block_sparse_moe\.experts\.\d+\.w2)\.(weight|bias)"
+)
+_NORM = re.compile(r"(input_layernorm|post_attention_layernorm|ln_[12])\.(weight|bias)")
+_BETWEEN = re.compile(
+    r"(self_attn\.(q_proj|k_proj|v_proj|qkv_proj|q_norm|k_norm)|attention\.query_key_value|attn\.c_attn"
+    r"|mlp\.(gate_proj|up_proj|gate_up_proj|dense_h_to_4h|c_fc|gate|shared_expert_gate"
+    r"|shared_expert\.(gate|up)_proj|experts\.\d+\.(gate|up)_proj)"
+    r"|block_sparse_moe\.(gate|experts\.\d+\.w[13]))\.(weight|bias)"
 )
 
 # Config keys that change what a layer computes without showing in any shape.
@@ -137,10 +143,10 @@ def fold_scales(path: Sequence[Hop], donors: Sequence[Checkpoint]) -> tuple[Fold
         if product == 1.0:
             layers.append({})
             continue
-        prefix = _check_foldable(donor, hop, index)
-        factors = {prefix + name: 1.0 / product for name in _OUTPUTS}
+        outputs, norms = _foldable_parts(donor, hop, index)
+        factors = dict.fromkeys(outputs, 1.0 / product)
         if product < 0:
-            factors |= {prefix + name: -1.0 for name in _NORMS}
+            factors |= dict.fromkeys(norms, -1.0)
         layers.append(factors)
         if not 1 / SAFE_PRODUCT <= abs(product) <= SAFE_PRODUCT and not warnings:
             warnings.append(
@@ -151,12 +157,18 @@ def fold_scales(path: Sequence[Hop], donors: Sequence[Checkpoint]) -> tuple[Fold
     return Folding(tuple(layers), math.copysign(1.0, products[-1])), tuple(warnings)
 
 
+@lru_cache(maxsize=64)
+def tensors_at(donor: Checkpoint) -> Mapping[Position, Sequence[str]]:
+    """Return a checkpoint's tensors by position, in its order."""
+    found: dict[Position, list[str]] = {}
+    for name in donor.tensors:
+        found.setdefault(parse(name).position, []).append(name)
+    return found
+
+
 def _layer_shapes(donor: Checkpoint, layer: int) -> dict[str, tuple[int, ...]]:
-    shapes = {
-        parse(name).stem: tuple(info.shape)
-        for name, info in donor.tensors.items()
-        if parse(name).position == layer
-    }
+    names = tensors_at(donor)[layer]
+    shapes = {parse(name).stem: tuple(donor.tensors[name].shape) for name in names}
     stacks = {stem.split("{}")[0] for stem in shapes}
     if len(stacks) != 1:
         found = ", ".join(sorted(stacks)) or "none"
@@ -173,17 +185,19 @@ def _arithmetic(donor: Checkpoint) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
 
 
-def _check_foldable(donor: Checkpoint, hop: Hop, index: int) -> str:
-    """Return the prefix of the hop's stems, or refuse its architecture."""
-    stems = _layer_shapes(donor, hop.layer)
-    prefix = next(iter(stems)).split("{}")[0] + "{}."
-    names = {stem.removeprefix(prefix) for stem in stems}
-    odd = sorted(names - {*_OUTPUTS, *_NORMS, *_INDIFFERENT}) or sorted(set(_REQUIRED) - names)
+def _foldable_parts(donor: Checkpoint, hop: Hop, index: int) -> tuple[list[str], list[str]]:
+    """Return the stems of what adds to the residual stream and of its norms' weights, or refuse the block."""
+    stems = list(_layer_shapes(donor, hop.layer))
+    names = {stem: stem.partition("{}.")[2] for stem in stems}
+    odd = [name for name in names.values() if not any(p.fullmatch(name) for p in (_OUTPUT, _NORM, _BETWEEN))]
     kind = donor.text_config.get("model_type")
     if odd or kind not in FOLDABLE_TYPES:
-        why = f"its layers differ in '{odd[0]}'" if odd else f"model type '{kind}' is not known to be one"
+        why = f"its layers have '{min(odd)}'" if odd else f"model type '{kind}' is not known to have them"
         raise UserError(
-            f"path.{index}.scale: a scale other than 1 folds exactly only into pre-norm blocks of the Llama "
-            f"family; {why}; use scale 1"
+            f"path.{index}.scale: a scale other than 1 folds exactly only into plain pre-norm blocks, like those "
+            f"of Llama; {why}; use scale 1"
         )
-    return prefix
+    outputs = [stem for stem, name in names.items() if _OUTPUT.fullmatch(name)]
+    # A norm's bias is added after the sign: turning the weight turns what the sign turned back.
+    norms = [stem for stem, name in names.items() if _NORM.fullmatch(name) and name.endswith("weight")]
+    return outputs, norms

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from evomerge.checkpoints import Checkpoint
+from evomerge.checkpoints import Checkpoint, Position
 from evomerge.checkpoints.aligned import AlignedCheckpoint, source_name
 from evomerge.checkpoints.canonical import language_prefix, outside_parts, written_name
 from evomerge.checkpoints.completeness import output_head
@@ -24,7 +24,7 @@ from evomerge.checkpoints.names import is_outside, is_transposed, parse
 from evomerge.errors import CheckpointError, UserError, nearest
 from evomerge.merging.chat import chosen_templates
 from evomerge.merging.layer_config import path_config
-from evomerge.merging.paths import check_hops, check_layers, fold_scales
+from evomerge.merging.paths import check_hops, check_layers, fold_scales, tensors_at
 from evomerge.merging.token_ids import follow_tokenizer
 from evomerge.merging.vocabulary import OutputVocabulary, donor_of, ends, head_of, output_vocabulary, voters
 from evomerge.methods import MaskKey
@@ -228,7 +228,7 @@ def _plan_path(
                 )
             )
     jobs += [
-        planner.job(sources[-1], name, factor=factors.final_norm if parse(name).role == "norm" else 1.0)
+        planner.job(sources[-1], name, factor=factors.final_norm if _is_norm_weight(name) else 1.0)
         for name in planner.with_head(_at(last, "post"))
     ]
     return jobs, config, planner.donor(sources[0]), warnings
@@ -249,8 +249,12 @@ def _depth(tensor: str, count: int) -> float:
     return depth_of(position, count) if isinstance(position, int) else 0.0
 
 
-def _at(checkpoint: Checkpoint, position: int | str) -> list[str]:
-    return [name for name in checkpoint.tensors if parse(name).position == position]
+def _at(checkpoint: Checkpoint, position: Position) -> Sequence[str]:
+    return tensors_at(checkpoint).get(position, ())
+
+
+def _is_norm_weight(name: str) -> bool:
+    return parse(name).role == "norm" and name.endswith("weight")
 
 
 class _Planner:
