@@ -140,8 +140,9 @@ def _check_tensors(base: Checkpoint, name: str, other: Checkpoint, any_depth: bo
         ]
 
     heads = {output_head(base.tensors), output_head(other.tensors)} if base.tied != other.tied else set()
-    missing = [tensor for tensor in compared(base) if tensor not in {*other.tensors, *heads}]
-    unknown = [tensor for tensor in compared(other) if tensor not in {*base.tensors, *heads}]
+    theirs, ours = {*other.tensors, *heads}, {*base.tensors, *heads}
+    missing = [tensor for tensor in compared(base) if tensor not in theirs]
+    unknown = [tensor for tensor in compared(other) if tensor not in ours]
     if missing and unknown and _fused(missing) != _fused(unknown):
         forms = {True: "one tensor of all experts", False: "a tensor of each expert"}
         raise CheckpointError(
