@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from pydantic import ValidationError
+
 from evomerge.checkpoints.chat_templates import BUILT_IN
 from evomerge.errors import UserError, at, nearest
 from evomerge.mergekit.differences import of_method
@@ -100,6 +102,9 @@ def from_mergekit(
     try:
         reader = _Reader(document, folder or Path())
         recipe = reader.recipe()
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
+        raise UserError(f"{at(file)}{problem}") from None
     except ValueError as error:
         raise UserError(f"{at(file)}{error}") from None
     return Reading(recipe, tuple(dict.fromkeys(reader.notes)))
@@ -231,6 +236,7 @@ class _Reader:
         base = None if part.base is None else self._name(part.base)
         merged = base if base in names else None
         inputs = tuple(name for name in names if role == "unused" or name != merged)
+        method.check_inputs(merged, inputs, part.place, DIALECT)
         own: dict[str, Value] = {}
         for (reference, _, parameters), name in zip(part.sources, names, strict=True):
             index = names.index(name)

@@ -8,6 +8,7 @@ from pathlib import Path
 from evomerge.errors import UserError
 from evomerge.mergekit import to_mergekit
 from evomerge.merging import open_parents
+from evomerge.recipe import Recipe
 from evomerge.searching.run import Run
 
 
@@ -47,18 +48,21 @@ def _write(run: Run, out: Path, format_: str, candidate: int | None, max_shard_s
         return _table(run, out, format_)
     what = f"candidate {candidate}" if candidate is not None else _leader(run)
     if format_ == "recipe":
-        recipe = run.recipe if candidate is None else run.candidate(candidate)
+        recipe = _recipe(run, candidate)
         out.write_text(recipe.to_yaml(), encoding="utf-8")
     elif format_ == "mergekit":
-        recipe = run.recipe if candidate is None else run.candidate(candidate)
+        recipe = _recipe(run, candidate)
         written = to_mergekit(recipe, open_parents(recipe))
         out.write_text(written.to_yaml(), encoding="utf-8")
-        what += " as a mergekit YAML" + (
-            f" ({len(written.notes)} differences are named in it)" if written.notes else ""
-        )
+        named = ", with what differs in mergekit as comments" if written.notes else ""
+        return f"{what} of {run.path} is in {out} as a mergekit YAML{named}"
     else:
         run.export(out, candidate=candidate, max_shard_size=max_shard_size)
     return f"{what} of {run.path} is in {out}"
+
+
+def _recipe(run: Run, candidate: int | None) -> Recipe:
+    return run.recipe if candidate is None else run.candidate(candidate)
 
 
 def _leader(run: Run) -> str:

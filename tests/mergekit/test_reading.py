@@ -147,6 +147,36 @@ class TestParameters:
         assert not ours, "a method claims a dialect of mergekit that mergekit does not have"
 
 
+class TestOutput:
+    def test_tokenizer_and_template_are_the_output_of_the_recipe(self) -> None:
+        tokens = {"<x>": {"source": "c"}, "<y>": {"source": {"kind": "zero"}, "force": True}}
+        found = reading(
+            LINEAR,
+            tokenizer={"source": "union", "tokens": tokens, "pad_to_multiple_of": 64},
+            chat_template="chatml",
+        )
+        tokenizer = found.recipe.output.vocabulary
+        assert (tokenizer.source, tokenizer.pad_to_multiple_of) == ("union", 64)
+        assert [(rule.source.kind, rule.source.model, rule.force) for rule in tokenizer.tokens.values()] == [
+            ("model_token", "c", False),
+            ("zero", None, True),
+        ]
+        assert found.recipe.output.chat_template == "chatml"
+        assert any(note.startswith("chat_template: chatml is the format's") for note in found.notes)
+
+    def test_models_are_not_called_as_the_output_calls_other_things(self) -> None:
+        models = [
+            {"model": f"org/{name}", "parameters": {"weight": 1}} for name in ("union", "auto", "chatml")
+        ]
+        recipe = reading(LINEAR, models=models, tokenizer_source="union").recipe
+        assert [*recipe.models] == ["union-2", "auto-2", "chatml-2"]
+
+    def test_without_a_tokenizer_source_it_is_the_bases(self) -> None:
+        recipe = reading(LINEAR, base_model="b").recipe
+        assert recipe.output.tokenizer == "b"
+        assert recipe.main.base == "b"
+
+
 class TestSlices:
     TEXT = """
 slices:
@@ -275,6 +305,18 @@ def sources(*ranges: Any) -> list[dict[str, Any]]:
         (
             changed(merge_method="slerp", parameters={"t": 0.5}),
             "base_model: this key is required; slerp needs a base",
+        ),
+        (
+            changed(merge_method="passthrough", parameters={}),
+            "models: passthrough takes exactly 1 inputs, here are 2",
+        ),
+        (
+            changed(merge_method="slerp", base_model="c", parameters={"t": 0.5}),
+            "models: slerp takes exactly 2 inputs, here are 3",
+        ),
+        (
+            changed(chat_template="chatlm"),
+            "chat_template: no template is called 'chatlm' (did you mean 'chatml'?)",
         ),
         (changed(tokenizer_source="base"), "tokenizer_source: base is given, but there is no base_model"),
         (

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,6 +20,7 @@ from evomerge.recipe import Recipe
 from evomerge.settings import depth_of, evaluate, read_setting
 from tests.mergekit.conftest import Families, Peer, agree
 from tests.merging.helpers import digests, make_recipe, read
+from tests.models import make_family
 
 CURVE = [0.11, 0.43, 0.29, 0.87]
 
@@ -287,6 +287,34 @@ def test_references_with_odd_names_are_written_as_mappings(families: Families, t
     }
 
 
+def test_tokenizer_and_template_go_along(tmp_path: Path) -> None:
+    family = make_family(tmp_path, hidden=16, layers=1)
+    output = {
+        "tokenizer": {
+            "source": "union",
+            "pad_to_multiple_of": 64,
+            "tokens": {
+                "a": {"source": {"kind": "zero"}, "force": True},
+                "b": {"source": {"model": "b", "token": "c"}},
+                "d": {"source": {"model": "a"}},
+            },
+        },
+        "chat_template": "chatml",
+    }
+    recipe = make_recipe(family, merge=EXACT["linear"]["merge"], output=output)
+    written = to_mergekit(recipe, open_parents(recipe))
+    assert written.document["tokenizer"]["source"] == "union"
+    assert written.document["tokenizer"]["tokens"]["a"] == {"source": {"kind": "zero"}, "force": True}
+    assert "im_start" in written.document["chat_template"]
+    out = [
+        merge(recipe, tmp_path / "ours", threads=1),
+        merge(from_mergekit(yaml.safe_load(written.to_yaml())).recipe, tmp_path / "back", threads=1),
+    ]
+    assert digests(read(out[0])) == digests(read(out[1]))
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        assert (out[0] / name).read_bytes() == (out[1] / name).read_bytes()
+
+
 def test_notes_are_comments_of_the_file(families: Families) -> None:
     recipe = recipe_of({"merge": TIES}, families)
     text = to_mergekit(recipe, open_parents(recipe)).to_yaml()
@@ -294,4 +322,3 @@ def test_notes_are_comments_of_the_file(families: Families) -> None:
     assert head.startswith("# What mergekit makes of this differs from the recipe:\n# - ")
     assert all(line.startswith("#") and len(line) <= 108 for line in head.splitlines())
     assert yaml.safe_load(text)["merge_method"] == "ties"
-    assert torch.float32.is_floating_point

@@ -10,8 +10,10 @@ import torch
 
 import evomerge
 from evomerge.checkpoints import open_checkpoint
+from evomerge.cli import main
 from evomerge.errors import UserError
 from evomerge.searching.progress import LineDisplay, Silent, Status
+from tests.merging.helpers import digests, read
 from tests.models import make_model
 from tests.searching.records import canonical
 from tests.tasks import make_config
@@ -84,6 +86,17 @@ def test_the_exported_model_is_the_scored_one(finished: tuple[Path, evomerge.Run
     assert scored.score["mean"] == run.results["winner"]["test"]["mean"]
     by_recipe = evomerge.evaluate(run.path, config, split="test")
     assert by_recipe.score == scored.score
+
+
+def test_the_winner_as_a_mergekit_yaml_is_the_same_model(
+    finished: tuple[Path, evomerge.Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, run = finished
+    model, document = run.export(tmp_path / "model"), tmp_path / "merge.yml"
+    assert main(["export", str(run.path), "--out", str(document), "--format", "mergekit"]) == 0
+    assert f"is in {document} as a mergekit YAML" in capsys.readouterr().out
+    assert main(["merge", str(document), str(tmp_path / "again")]) == 0
+    assert digests(read(tmp_path / "again")) == digests(read(model))
 
 
 def test_resuming_a_finished_run_changes_nothing(finished: tuple[Path, evomerge.Run]) -> None:
