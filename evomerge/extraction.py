@@ -22,6 +22,7 @@ from torch.nn.functional import pad
 from evomerge.checkpoints import Checkpoint, Role, check_compatible, is_transposed, open_checkpoint, parse
 from evomerge.checkpoints.adapter_writer import write_adapter
 from evomerge.checkpoints.completeness import input_embedding
+from evomerge.checkpoints.model_config import nested_key
 from evomerge.checkpoints.names import is_outside
 from evomerge.errors import CheckpointError, UserError
 
@@ -153,7 +154,7 @@ def extract_lora(
     tuned.check_finite()
     ancestor.check_finite()
 
-    changed = [name for name in _language(ancestor) if _differs(name, ancestor, tuned)]
+    changed = [name for name in ancestor.tensors if _differs(name, ancestor, tuned)]
     if not changed:
         raise CheckpointError(
             f"{tuned.path}: has the same weights as {ancestor.path}; there is nothing to extract"
@@ -275,6 +276,21 @@ def _module(name: str) -> str:
     return _HEAD if parse(name).role == "head" else name.rpartition(".")[0]
 
 
+def _path(name: str, base: Checkpoint) -> str:
+    """Return the path of a tensor's module in the live model, where a multimodal one nests its language model."""
+    module = _module(name)
+    nested = nested_key(base.config) is not None and module != _HEAD
+    return f"model.language_model.{module.removeprefix('model.')}" if nested else module
+
+
+def _targets(names: Iterable[str], base: Checkpoint) -> str | list[str]:
+    """Return `target_modules`: kinds of modules; of a multimodal model, those of the language model alone."""
+    kinds = sorted({_module(name).rpartition(".")[2] for name in names})
+    if nested_key(base.config) is None:
+        return kinds
+    return rf"(.*\.language_model\..*\.)?({'|'.join(kinds)})"
+
+
 def _differs(name: str, base: Checkpoint, tuned: Checkpoint) -> bool:
     return any(
         not torch.equal(theirs.to(torch.float64), ours.to(torch.float64))
@@ -334,14 +350,14 @@ def _lay_out(
             "bias": "none",
             "fan_in_fan_out": any(is_transposed(base.config, name) for name in factors),
             "init_lora_weights": True,
-            "target_modules": sorted({_module(name).rpartition(".")[2] for name in factors}),
+            "target_modules": _targets(factors, base),
             "modules_to_save": None,
             "rank_pattern": {},
             "alpha_pattern": {},
         }
     )
     for name, own in factors.items():
-        module = _module(name)
+        module = _path(name, base)
         if own.b.shape[1] != rank:
             adapter.config["rank_pattern"][module] = own.b.shape[1]
         if own.alpha != main:
@@ -357,14 +373,15 @@ def _save(
     rest: list[str], adapter: _Adapter, base: Checkpoint, tuned: Checkpoint, adapted: set[str]
 ) -> set[str]:
     """Add changed tensors as a whole: biases of linear layers as biases, modules else; return their names."""
-    modules = {_module(name) for name in adapted}
+    modules = {_path(name, base) for name in adapted}
     linear = {_module(name) for name in _language(base) if _is_linear(name, base)}
     biases = [name for name in rest if name.endswith(".bias") and _module(name) in linear]
-    others = [name for name in rest if name not in biases]
-    kinds = {_module(name).rpartition(".")[2] for name in others}
+    others = [name for name in rest if name not in biases and not is_outside(name)]
+    paths = {_path(name, base) for name in others}
     # peft compares the end of a module's path with these names, without regard to its parts.
-    whole = [name for name in _language(base) if _module(name).endswith(tuple(kinds))]
-    clash = sorted(kind for kind in kinds if any(module.endswith(kind) for module in modules))
+    saved = paths if nested_key(base.config) else {path.rpartition(".")[2] for path in paths}
+    whole = [name for name in _language(base) if _path(name, base).endswith(tuple(saved))]
+    clash = sorted(end for end in saved if any(module.endswith(end) for module in modules))
     if clash:
         raise CheckpointError(
             f"{tuned.path}: '{clash[0]}' has both linear layers and other tensors that changed; an adapter cannot "
@@ -372,8 +389,8 @@ def _save(
         )
     if biases:
         adapter.config["bias"] = "all"
-    if kinds:
-        adapter.config["modules_to_save"] = sorted(kinds)
+    if saved:
+        adapter.config["modules_to_save"] = sorted(saved)
     embedding = input_embedding(base.tensors)
     if base.tied and embedding in whole:
         adapter.config["ensure_weight_tying"] = True
@@ -386,7 +403,7 @@ def _save(
             )
         )
     for name in [*biases, *whole]:
-        module, leaf = _module(name), name.rpartition(".")[2]
+        module, leaf = _path(name, base), name.rpartition(".")[2]
         key = f"{module}.base_layer.{leaf}" if name in biases and module in modules else f"{module}.{leaf}"
         info = tuned.tensors[name]
         adapter.tensors.append((_PREFIX + key, info.shape, tuned.read_dtype(name), _pieces(name, tuned)))
@@ -407,6 +424,7 @@ def _summary(
             for ours, theirs in zip(_pieces(name, base), _pieces(name, tuned), strict=True)
         )
         role: Role | str = "bias" if name.endswith(".bias") else parse(name).role
+        role = "outside the language model" if is_outside(name) else role
         how = "saved" if name in saved else "not covered"
         rows.setdefault((role, how), []).append((0, change, 0.0 if name in saved else change))
     parts = []

@@ -105,6 +105,15 @@ def test_other_architectures_load_with_peft_too(tmp_path: Path, kind: str) -> No
         assert torch.allclose(whole.tensor(name), adapted.tensor(name), atol=1e-6), name
 
 
+def test_of_a_multimodal_model_the_language_part_is_extracted(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base", kind="gemma3", tied=True)
+    tuned = make_model(tmp_path / "tuned", seed=1, base=base, kind="gemma3", tied=True)
+    found = extract_lora(tuned, base, tmp_path / "lora", rank=64, save_rest=True)
+    assert [part.kind for part in found.parts if part.how == "not covered"] == ["outside the language model"]
+    by_peft = logits(adapted_model(base, tmp_path / "lora"))
+    assert torch.allclose(by_peft, logits(AutoModelForCausalLM.from_pretrained(tuned)), atol=1e-4)
+
+
 def test_an_adapter_comes_back_from_the_model_that_it_makes(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base")
     adapter = make_adapter(tmp_path / "adapter", base, r=4, targets="all-linear")

@@ -19,7 +19,7 @@ from evomerge.checkpoints.completeness import output_head
 from evomerge.checkpoints.content import cached_content_hash
 from evomerge.checkpoints.files import ADAPTER_CONFIG, ADAPTER_FILE, explain_weights
 from evomerge.checkpoints.header import DTYPE_NAMES, MERGEABLE, TensorInfo, read_header
-from evomerge.checkpoints.names import is_buffer, is_transposed, parse
+from evomerge.checkpoints.names import OUTSIDE, is_buffer, is_transposed, parse
 from evomerge.checkpoints.open_files import OpenFiles
 from evomerge.checkpoints.reader import read_object
 from evomerge.errors import CheckpointError, at, nearest
@@ -46,7 +46,7 @@ _TOKENS = re.compile(r"(.+)\.token_adapter\.trainable_tokens_delta(?:\.default)?
 _WHOLE = re.compile(r"(.+?)(?:\.base_layer|\.modules_to_save(?:\.default)?)?\.(\w+)")
 
 # Components of module paths that come and go with wrappers and with versions of transformers.
-_WRAPPERS = {"base_model", "model", "transformer", "language_model", "text_model"}
+_WRAPPERS = {"base_model", "model", "transformer", "language_model", "text_model", "vision_model"}
 _TRAINING_WRAPPERS = re.compile(
     r"(^|\.)(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)"
 )
@@ -402,7 +402,8 @@ def _trained_on(adapter: Adapter) -> str:
 
 
 def _reduced(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    parts = name.removeprefix(OUTSIDE).split(".")
+    return ".".join(part for part in parts if part not in _WRAPPERS)
 
 
 def combined_sha256(base: str, adapter: str) -> str:

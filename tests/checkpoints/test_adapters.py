@@ -213,6 +213,19 @@ def test_names_are_found_behind_the_prefixes_of_wrappers(base: Path, adapter: Pa
         assert torch.equal(on(base, adapter).tensor(Q), expected)
 
 
+def test_an_adapter_of_a_multimodal_model_changes_all_its_parts(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base", kind="gemma3", tied=True)
+    folder = make_adapter(tmp_path / "adapter", base, r=2, targets="all-linear")
+    expected, checkpoint = merged_weights(base, folder), on(base, folder)
+    factors = load_file(folder / "adapter_model.safetensors")
+    assert len(checkpoint.changes) == len(factors) // 2
+    for module in {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in factors}:
+        reduced = module.replace("language_model.", "")
+        outside = "outside:" + module.removeprefix("model.")
+        name = f"{outside if 'vision' in module else reduced}.weight"
+        assert difference(checkpoint.tensor(name), expected[f"{module}.weight"]) < 1e-6
+
+
 @pytest.mark.parametrize(
     ("config", "tied"),
     [
