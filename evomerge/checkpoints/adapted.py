@@ -12,7 +12,7 @@ from functools import cached_property
 
 import torch
 
-from evomerge.checkpoints.adapters import Adapter, Change, combined_sha256, fit
+from evomerge.checkpoints.adapters import Adapter, Change, Product, combined_sha256, fit
 from evomerge.checkpoints.completeness import head_name, input_embedding
 from evomerge.checkpoints.header import TensorInfo
 from evomerge.checkpoints.hub import commit_of
@@ -134,10 +134,7 @@ class _Expansion:
         self._replaced = dict(zip(change.rows, range(len(change.rows)), strict=True))
         self._left = self._right = self._product = torch.empty(0)
         if change.product is not None:
-            a, b = (
-                _load(checkpoint.adapter, factor, self._dtype)
-                for factor in (change.product.a, change.product.b)
-            )
+            a, b = _factors(checkpoint.adapter, change.product, self._dtype)
             left, right = (a.T, b.T) if change.product.transposed else (b, a)
             padded = math.ceil(self._total / self._rows) * self._rows
             self._left = torch.zeros(padded, left.shape[1], dtype=self._dtype)
@@ -254,6 +251,20 @@ def _unties(changes: dict[str, Change], embedding: str, head: str, adapter: Adap
         return False
     own = changes.get(embedding)
     return head in changes or (own is not None and own.tokens is None)
+
+
+def _factors(adapter: Adapter, product: Product, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Read A ``(rank, in)`` and B ``(out, rank)`` of one matrix."""
+    part = product.part
+    if part is None:
+        return _load(adapter, product.a, dtype), _load(adapter, product.b, dtype)
+    rank, columns = product.a.shape[0] // part.experts, product.a.shape[1]
+    a = torch.empty(rank * columns, dtype=product.a.dtype)
+    _read(adapter, product.a, part.expert * a.numel(), a)
+    width = product.b.shape[1]
+    b = torch.empty((part.stop - part.start) * width, dtype=product.b.dtype)
+    _read(adapter, product.b, part.start * width, b)
+    return a.reshape(rank, columns).to(dtype), b.reshape(-1, width)[:, part.expert :: part.experts].to(dtype)
 
 
 def _load(adapter: Adapter, info: TensorInfo, dtype: torch.dtype) -> torch.Tensor:

@@ -35,7 +35,6 @@ _VARIANTS = {
     "use_bdlora": "BD-LoRA",
     "arrow_config": "Arrow",
     "layer_replication": "layer replication",
-    "target_parameters": "adapters of single parameters (target_parameters)",
 }
 _ACTIVATED = "alora_invocation_tokens"
 # Initialisations that take something out of the base's weights.
@@ -46,10 +45,31 @@ _TOKENS = re.compile(r"(.+)\.token_adapter\.trainable_tokens_delta(?:\.default)?
 _WHOLE = re.compile(r"(.+?)(?:\.base_layer|\.modules_to_save(?:\.default)?)?\.(\w+)")
 
 # Components of module paths that come and go with wrappers and with versions of transformers.
+_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.weight")
+_GATE, _UP = ("gate_proj", "w1"), ("up_proj", "w3")
+
 _WRAPPERS = {"base_model", "model", "transformer", "language_model", "text_model", "vision_model"}
 _TRAINING_WRAPPERS = re.compile(
     r"(^|\.)(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)"
 )
+
+
+@dataclass(frozen=True)
+class Part:
+    """One matrix of one expert, of factors that a layer's experts have together (`target_parameters`).
+
+    A is ``(experts · rank, in)``, expert by expert; B is ``(out, rank · experts)``, its columns in turn the
+    experts'; gate and up projection are one matrix, the one's rows above the other's.
+
+    Attributes:
+        expert, experts: which of how many.
+        start, stop: its rows of B.
+    """
+
+    expert: int
+    experts: int
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True)
@@ -61,17 +81,14 @@ class Product:
         b: B, ``(out, rank)``.
         scale: s.
         transposed: whether the product is added transposed.
+        part: of factors of all experts of a layer, the part that is one expert's.
     """
 
     a: TensorInfo
     b: TensorInfo
     scale: float
     transposed: bool
-
-    @property
-    def rank(self) -> int:
-        """The inner dimension."""
-        return self.a.shape[0]
+    part: Part | None = None
 
 
 @dataclass(frozen=True)
@@ -200,8 +217,13 @@ def fit(
     reduced: dict[str, list[str]] = {}
     for name in shapes:
         reduced.setdefault(_reduced(name), []).append(name)
-    fitted = {}
+    fitted: dict[str, Change] = {}
+    experts = _experts(shapes)
     for name, change in adapter.changes.items():
+        layer = experts.get(_experts_path(name))
+        if layer is not None and change.product is not None:
+            fitted |= _apart(adapter, name, change.product, layer, base)
+            continue
         found = [name] if name in shapes else reduced.get(_reduced(name), [])
         if not found and parse(name).role == "head":
             found = [head for head in [output_head(shapes)] if head is not None]
@@ -215,6 +237,47 @@ def fit(
             raise CheckpointError(f"{adapter.path}: the adapter changes '{target}' of {base} twice")
         fitted[target] = _oriented(adapter, name, change, shapes[target], is_transposed(config, target), base)
     return fitted
+
+
+def _experts_path(name: str) -> str:
+    """Return the reduced path of the experts that a name of fused factors stands for."""
+    return _reduced(name.removesuffix(".weight")).replace(".base_layer", "")
+
+
+def _experts(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, dict[tuple[int, str], tuple[str, int, int]]]:
+    """Return each layer's experts: (index, projection) → name, rows and columns, by the experts' reduced path."""
+    layers: dict[str, dict[tuple[int, str], tuple[str, int, int]]] = {}
+    for name, shape in shapes.items():
+        match = _EXPERT.fullmatch(name)
+        if match and len(shape) == 2:
+            kind = "gate" if match[3] in _GATE else "up" if match[3] in _UP else "down"
+            layers.setdefault(_reduced(match[1]), {})[int(match[2]), kind] = (name, *shape)
+    return layers
+
+
+def _apart(
+    adapter: Adapter,
+    name: str,
+    product: Product,
+    layer: Mapping[tuple[int, str], tuple[str, int, int]],
+    base: str,
+) -> dict[str, Change]:
+    """Return the changes of each expert's matrices by factors of all of them."""
+    count = 1 + max(expert for expert, _ in layer)
+    ins, outs = product.a.shape[1], product.b.shape[0]
+    changes = {}
+    for (expert, kind), (target, rows, columns) in layer.items():
+        fused = 2 * rows if kind in ("gate", "up") else rows
+        if (fused, columns) == (outs, ins):
+            start = rows if kind == "up" else 0
+            part = Part(expert, count, start, start + rows)
+            changes[target] = Change(product=replace(product, part=part))
+    if not changes or product.a.shape[0] != count * adapter.config.get("r", 8):
+        raise CheckpointError(
+            f"{adapter.path}: '{product.a.name}' of shape {list(product.a.shape)} and '{product.b.name}' of shape "
+            f"{list(product.b.shape)} fit no matrix of the {count} experts of {base}{_trained_on(adapter)}"
+        )
+    return changes
 
 
 def _check_kind(config: dict[str, Any], file: Path) -> None:
@@ -231,6 +294,11 @@ def _check_kind(config: dict[str, Any], file: Path) -> None:
     for key, name in _VARIANTS.items():
         if config.get(key):
             raise CheckpointError(f"{at(file, key)}{name} is not plain LoRA; {MERGE_FIRST}")
+    patterns = next((key for key in ("rank_pattern", "alpha_pattern") if config.get(key)), None)
+    if config.get("target_parameters") and patterns:
+        raise CheckpointError(
+            f"{at(file, patterns)}ranks and scales of their own are not read for target_parameters; {MERGE_FIRST}"
+        )
     init = str(config.get("init_lora_weights", "")).lower()
     if init.startswith(_CHANGING_BASE):
         raise CheckpointError(
@@ -293,7 +361,9 @@ def _change(name: str, parts: dict[str, TensorInfo], config: dict[str, Any], fil
                 f"are, {MERGE_FIRST}"
             )
         rank = _number(config, "rank_pattern", "r", module, file)
-        if a.shape[0] != rank or b.shape[1] != rank:
+        fused = config.get("target_parameters") and module.replace(".base_layer", "").endswith("experts")
+        several = max(1, a.shape[0] // int(rank)) if fused else 1
+        if a.shape[0] != rank * several or b.shape[1] != rank * several:
             raise CheckpointError(
                 f"{a.file}: '{a.name}' and '{b.name}' have shapes {list(a.shape)} and {list(b.shape)}, but "
                 f"{ADAPTER_CONFIG} gives rank {rank:g} to '{module}'"
@@ -402,7 +472,7 @@ def _trained_on(adapter: Adapter) -> str:
 
 
 def _reduced(name: str) -> str:
-    parts = name.removeprefix(OUTSIDE).split(".")
+    parts = name.removeprefix(OUTSIDE).replace(".block_sparse_moe.", ".mlp.").split(".")
     return ".".join(part for part in parts if part not in _WRAPPERS)
 
 

@@ -213,6 +213,42 @@ def test_names_are_found_behind_the_prefixes_of_wrappers(base: Path, adapter: Pa
         assert torch.equal(on(base, adapter).tensor(Q), expected)
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("parameters", [["gate_up_proj", "down_proj"], ["down_proj"], ["gate_up_proj"]])
+def test_factors_of_all_experts_are_taken_apart(tmp_path: Path, kind: str, parameters: list[str]) -> None:
+    base = make_model(tmp_path / "base", kind=kind, layers=2)
+    targets = [f"mlp.experts.{name}" for name in parameters]
+    folder = make_adapter(
+        tmp_path / "adapter", base, r=2, lora_alpha=3, targets=["q_proj"], target_parameters=targets
+    )
+    live, checkpoint = merged_weights(base, folder), on(base, folder)
+    names = ("w1", "w3", "w2") if kind == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+    block = "block_sparse_moe" if kind == "mixtral" else "mlp"
+    plain = open_checkpoint(str(base))
+    for layer in range(2):
+        experts = live[f"model.layers.{layer}.mlp.experts.gate_up_proj"]
+        down = live[f"model.layers.{layer}.mlp.experts.down_proj"]
+        for expert in range(3):
+            gate, up = experts[expert].chunk(2)
+            for projection, expected in zip(names, (gate, up, down[expert]), strict=True):
+                name = f"model.layers.{layer}.{block}.experts.{expert}.{projection}.weight"
+                assert difference(checkpoint.tensor(name), expected) < 1e-6
+                fused = "down_proj" if projection in ("w2", "down_proj") else "gate_up_proj"
+                assert torch.equal(checkpoint.tensor(name), plain.tensor(name)) is (fused not in parameters)
+
+
+def test_factors_of_another_number_of_experts_are_told(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base", kind="qwen3_moe", layers=2)
+    other = make_model(tmp_path / "other", kind="qwen3_moe", layers=2, num_experts=4)
+    folder = make_adapter(
+        tmp_path / "adapter", base, r=2, targets=["q_proj"], target_parameters=["mlp.experts.down_proj"]
+    )
+    with pytest.raises(
+        CheckpointError, match=r"lora_B.weight' of shape \[32, 6\] fit no matrix of the 4 experts"
+    ):
+        on(other, folder)
+
+
 def test_an_adapter_of_a_multimodal_model_changes_all_its_parts(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base", kind="gemma3", tied=True)
     folder = make_adapter(tmp_path / "adapter", base, r=2, targets="all-linear")
@@ -325,7 +361,10 @@ def test_a_nan_in_an_adapter_is_told(base: Path, adapter: Path) -> None:
         ),
         ({"use_qalora": True}, "QALoRA is not plain LoRA"),
         ({"layer_replication": [[0, 4], [2, 4]]}, "layer replication is not plain LoRA"),
-        ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "adapters of single parameters"),
+        (
+            {"target_parameters": ["mlp.experts.down_proj"], "alpha_pattern": {"q_proj": 1}},
+            "alpha_pattern: ranks and scales of their own are not read for target_parameters",
+        ),
         ({"alora_invocation_tokens": [3]}, "activated LoRA works on some tokens only"),
         ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4' changes the base's weights too"),
         ({"r": 8}, r"shapes \[4, .*but adapter_config.json gives rank 8 to 'model.layers.0"),
