@@ -21,6 +21,8 @@ _PUBLIC = {
     "Run": "evomerge.searching.run",
     "merge": "evomerge.merging",
     "evaluate": "evomerge.scoring",
+    "extract_lora": "evomerge.extraction",
+    "convert": "evomerge.checkpoints.conversion",
     "Config": "evomerge.config",
     "load_config": "evomerge.config",
     "Recipe": "evomerge.recipe",
@@ -31,7 +33,9 @@ __all__ = [
     "Config",
     "Recipe",
     "Run",
+    "convert",
     "evaluate",
+    "extract_lora",
     "load_config",
     "load_recipe",
     "merge",
@@ -40,7 +44,9 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from evomerge.checkpoints.conversion import convert
     from evomerge.config import Config, load_config
+    from evomerge.extraction import extract_lora
     from evomerge.merging import merge
     from evomerge.recipe import Recipe, load_recipe
     from evomerge.scoring import evaluate
