@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(
     not any(shutil.which(command) for command in ("cc", "gcc", "clang")), reason="no C compiler"
 )
 
-SIZES = (1, 255, 256, 257, 5000, (1 << 17) + 3)
+SIZES = (1, 255, 256, 257, 5000)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 KEY = MaskKey(seed=3, experts=("a" * 64, "b" * 64, "c" * 64), tensor="w")
 MERGES: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -80,17 +80,17 @@ def merged(name: str, values: dict[str, Any], n: int, dtype: torch.dtype, out: t
     return result
 
 
-@pytest.mark.parametrize("out", DTYPES)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "out"), zip(DTYPES, (*DTYPES[1:], DTYPES[0]), strict=True))
 @pytest.mark.parametrize(("name", "values"), MERGES)
 def test_the_bits_are_those_of_plain_torch(
     name: str, values: dict[str, Any], dtype: torch.dtype, out: torch.dtype, plain: Any
 ) -> None:
     assert loader.library() is not None
-    ours = [merged(name, values, n, dtype, out) for n in SIZES]
+    sizes = (*SIZES, (1 << 17) + 3) if dtype == torch.bfloat16 else SIZES
+    ours = [merged(name, values, n, dtype, out) for n in sizes]
     plain()
     assert loader.library() is None
-    for one, n in zip(ours, SIZES, strict=True):
+    for one, n in zip(ours, sizes, strict=True):
         other = merged(name, values, n, dtype, out)
         assert torch.equal(one.view(torch.uint8), other.view(torch.uint8)), (n, (one != other).nonzero()[:3])
 
