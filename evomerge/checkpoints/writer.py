@@ -14,11 +14,11 @@ import secrets
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -26,7 +26,10 @@ from evomerge.checkpoints.files import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
 from evomerge.checkpoints.header import build_header
 from evomerge.checkpoints.model_config import set_dtype
 from evomerge.checkpoints.tokenizer import PROCESSOR_FILES, copy_tokenizer
+from evomerge.checkpoints.pieces import PIECE, PieceFile, PiecePool, write_at
 from evomerge.errors import InfrastructureError, UserError
+
+T = TypeVar("T")
 
 Layout = Sequence[tuple[str, tuple[int, ...], torch.dtype]]
 """Name, shape and dtype of every tensor of a checkpoint, in the order of writing."""
@@ -50,7 +53,7 @@ def parse_size(text: str | int) -> int:
 
 @dataclass(frozen=True)
 class _Place:
-    descriptor: int
+    file: PieceFile
     offset: int
     numel: int
     dtype: torch.dtype
@@ -105,6 +108,8 @@ class CheckpointWriter:
         self._made: list[Path] = []
         self._descriptors: list[int] = []
         self._folder_lock: int | None = None
+        self._files: list[PieceFile] = []
+        self._pool = PiecePool(2 * (os.cpu_count() or 1) + 4)
         self._places: dict[str, _Place] = {}
         self._written: dict[str, list[tuple[int, int]]] = {name: [] for name, _, _ in self._layout}
         self._lock = threading.Lock()
@@ -155,11 +160,38 @@ class CheckpointWriter:
         data = chunk.detach().view(-1).view(torch.uint8).numpy().data
         position = place.offset + start_element * place.dtype.itemsize
         try:
-            _write_at(place.descriptor, data, position)
+            write_at(place.file.descriptor, data, position)
         except OSError as error:
             raise self._told(error) from None
         with self._lock:
             self._written[name].append((start_element, end))
+
+    def pieces(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield (first element, buffer) over a tensor, in order; fill each buffer before asking for the next.
+
+        The faster way to write: buffers are written around the page cache, while others are filled. Another thread
+        may write another tensor at the same time.
+
+        Raises:
+            InfrastructureError: the disk is full.
+        """
+        place = self._places[name]
+        itemsize = place.dtype.itemsize
+        position, end = place.offset, place.offset + place.numel * itemsize
+        while position < end:
+            nbytes = min(end, (position // PIECE + 1) * PIECE) - position
+            buffer = self._told_of(self._pool.take)
+            filled = False
+            try:
+                yield (position - place.offset) // itemsize, buffer.at(position, nbytes).view(place.dtype)
+                filled = True
+            finally:
+                if not filled:
+                    self._pool.give_back(buffer)
+            self._pool.submit(place.file, buffer, position, nbytes)
+            position += nbytes
+        with self._lock:
+            self._written[name].append((0, place.numel))
 
     def commit(self, extra: Mapping[str, str] | None = None) -> Path:
         """Finish the checkpoint, move it to `out`, and return that path.
@@ -172,6 +204,7 @@ class CheckpointWriter:
         """
         self._check_written()
         try:
+            self._pool.wait()
             for name, text in (extra or {}).items():
                 (self._folder / name).write_text(text, encoding="utf-8")
             self._write_structure()
@@ -223,10 +256,12 @@ class CheckpointWriter:
         header, offsets = build_header(tensors)
         descriptor = os.open(self._folder / file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         self._descriptors.append(descriptor)
+        opened = PieceFile(self._folder / file, descriptor)
+        self._files.append(opened)
         _reserve(descriptor, len(header) + sum(_nbytes(tensor) for tensor in tensors))
-        _write_at(descriptor, memoryview(header), 0)
+        write_at(descriptor, memoryview(header), 0)
         for (name, shape, dtype), offset in zip(tensors, offsets, strict=True):
-            self._places[name] = _Place(descriptor, offset, math.prod(shape), dtype)
+            self._places[name] = _Place(opened, offset, math.prod(shape), dtype)
 
     def _check_written(self) -> None:
         for name, place in self._places.items():
@@ -285,8 +320,17 @@ class CheckpointWriter:
             )
         return UserError(f"{self.out}: cannot be written: {error.strerror}; choose another output folder")
 
+    def _told_of(self, work: Callable[[], T]) -> T:
+        try:
+            return work()
+        except OSError as error:
+            raise self._told(error) from None
+
     def _close(self) -> None:
+        self._pool.close()
         self._places.clear()
+        while self._files:
+            self._files.pop().close()
         while self._descriptors:
             os.close(self._descriptors.pop())
         if self._folder_lock is not None:
@@ -355,12 +399,6 @@ def _reserve(descriptor: int, size: int) -> None:
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
             raise
         os.ftruncate(descriptor, size)
-
-
-def _write_at(descriptor: int, data: memoryview, position: int) -> None:
-    while data:
-        done = os.pwrite(descriptor, data, position)
-        data, position = data[done:], position + done
 
 
 def _write_json(file: Path, data: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from evomerge.errors import CandidateFailed
 from evomerge.merging.plan import MergePlan, TensorJob
 from evomerge.merging.sinks import Sink
 from evomerge.merging.streams import Arena, StreamedTensor
-from evomerge.methods import TensorCache, merge_chunks
+from evomerge.methods import TensorCache, TensorMerge
 
 CHUNK = 1 << 18
 
@@ -51,7 +51,7 @@ def execute(
         sink: where the tensors go.
         jobs: the plan's jobs to carry out; all by default.
         cache: keeps what does not depend on the candidate, for the next plan over the same parents.
-        progress: told after each tensor.
+        progress: told after each piece.
         chunk: elements per chunk.
         threads: tensors worked on at the same time.
         stream: read the parents chunk by chunk instead of mapping their files, so that resident memory stays
@@ -78,13 +78,15 @@ def execute(
     def work(job: TensorJob) -> None:
         nonlocal done
         arenas.slot = -1
-        for start, values in _chunks(job, plan.parents(job, checkpoints), read, cache, chunk):
-            _check_finite(values, job)
-            sink.write(job.name, start, values)
-        if progress is not None:
-            with lock:
-                done += job.nbytes
-                progress(done, total)
+        write = _writer(job, plan.parents(job, checkpoints), read, cache)
+        for start, piece in sink.pieces(job.name, job.numel, job.dtype, chunk):
+            if not write(start, start + piece.numel(), piece):
+                bad = piece[~torch.isfinite(piece)][0].item()
+                raise NonFinite(f"{job.name}: the merged weights are not finite ({bad})")
+            if progress is not None:
+                with lock:
+                    done += piece.nbytes
+                    progress(done, total)
 
     with torch.no_grad():
         if threads <= 1:
@@ -121,20 +123,18 @@ def _one_thread_per_operation() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _chunks(
+def _writer(
     job: TensorJob,
     parents: Mapping[str, Checkpoint],
     read: Callable[[Checkpoint, str], torch.Tensor],
     cache: TensorCache | None,
-    chunk: int,
-) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield (first element, values in the output's number format); values are valid until the next one."""
-    inputs = [read(parents[model], job.source_in(model)) for model in job.inputs]
+) -> Callable[[int, int, torch.Tensor], bool]:
+    """Return a function that writes a range of the job's elements and tells whether all are finite."""
     if job.method is None:
-        yield from _copied(inputs[0], job, chunk)
-        return
+        return _copier(job, parents[job.inputs[0]], read)
+    inputs = [read(parents[model], job.source_in(model)) for model in job.inputs]
     base = None if job.base is None else read(parents[job.base], job.source_in(job.base))
-    merged = merge_chunks(
+    merge = TensorMerge(
         job.method,
         base,
         inputs,
@@ -142,28 +142,36 @@ def _chunks(
         masks=job.masks,
         cache=cache,
         key=job.key,
-        chunk=chunk,
         dialect=job.dialect,
         shape=job.shape,
         transposed=job.transposed,
+        factor=job.factor,
     )
-    for start, values in merged:
-        if job.factor != 1.0:
-            values.mul_(job.factor)
-        yield start, values.to(job.dtype)
+    return merge.write
 
 
-def _copied(flat: torch.Tensor, job: TensorJob, chunk: int) -> Iterator[tuple[int, torch.Tensor]]:
-    for start in range(0, flat.numel(), chunk):
-        values = flat[start : start + chunk]
-        if job.factor != 1.0:
-            values = values.to(torch.promote_types(values.dtype, torch.float32)).mul(job.factor)
-        yield start, values.to(job.dtype)
+def _copier(
+    job: TensorJob, parent: Checkpoint, read: Callable[[Checkpoint, str], torch.Tensor]
+) -> Callable[[int, int, torch.Tensor], bool]:
+    name = job.source_in(job.inputs[0])
+    if job.factor == 1.0 and parent.read_dtype(name) == job.dtype:
 
+        def copy(start: int, stop: int, out: torch.Tensor) -> bool:
+            parent.read_into(name, start, out)
+            return True
 
-def _check_finite(values: torch.Tensor, job: TensorJob) -> None:
-    # One non-finite element makes the sum non-finite; the slower exact test is for sums that overflow.
-    if torch.isfinite(values.sum()) or torch.isfinite(values).all():
-        return
-    first = int((~torch.isfinite(values)).nonzero()[0])
-    raise NonFinite(f"{job.name}: the merged weights are not finite ({values[first].item()})")
+        return copy
+    flat = read(parent, name)
+
+    def convert(start: int, stop: int, out: torch.Tensor) -> bool:
+        finite = True
+        for begin in range(start, stop, CHUNK):
+            end = min(begin + CHUNK, stop)
+            values = flat[begin:end]
+            if job.factor != 1.0:
+                values = values.to(torch.promote_types(values.dtype, torch.float32)).mul(job.factor)
+            part = out[begin - start : end - start].copy_(values)
+            finite = finite and bool(torch.isfinite(part).all())
+        return finite
+
+    return convert

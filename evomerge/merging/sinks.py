@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -12,15 +12,20 @@ from evomerge.checkpoints import CheckpointWriter
 
 
 class Sink(Protocol):
-    """Takes tensors chunk by chunk.
+    """Takes tensors piece by piece. Different tensors may come from different threads."""
 
-    The chunks of one tensor come in order from one thread; different tensors may come from different threads.
-    """
+    def pieces(
+        self, name: str, numel: int, dtype: torch.dtype, chunk: int
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield (first element, flat buffer) over a tensor, in order.
 
-    def write(self, name: str, start: int, chunk: torch.Tensor) -> None:
-        """Take the flat elements `start` … `start + chunk.numel()` of a tensor, in its output dtype.
+        Each buffer is filled by the caller, in the tensor's output dtype, before the next one is asked for; its
+        memory may be used again afterwards.
 
-        The chunk's memory is reused afterwards.
+        Args:
+            name: of the tensor.
+            numel, dtype: its elements.
+            chunk: how many elements at a time, unless the sink knows better.
         """
 
 
@@ -30,8 +35,10 @@ class FileSink:
     def __init__(self, writer: CheckpointWriter) -> None:
         self._writer = writer
 
-    def write(self, name: str, start: int, chunk: torch.Tensor) -> None:
-        self._writer.write(name, start, chunk)
+    def pieces(
+        self, name: str, numel: int, dtype: torch.dtype, chunk: int
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        return self._writer.pieces(name)
 
 
 class LiveSink:
@@ -51,8 +58,17 @@ class LiveSink:
         """Whether the model has a place for a tensor."""
         return name in self._flat
 
-    def write(self, name: str, start: int, chunk: torch.Tensor) -> None:
-        self._flat[name][start : start + chunk.numel()].copy_(chunk)
+    def pieces(
+        self, name: str, numel: int, dtype: torch.dtype, chunk: int
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        live = self._flat[name]
+        if live.dtype == dtype:
+            for start in range(0, numel, chunk):
+                yield start, live[start : start + chunk]
+            return
+        for start, piece in _scratch(numel, dtype, chunk, live.device):
+            yield start, piece
+            live[start : start + piece.numel()].copy_(piece)
 
 
 class HashSink:
@@ -61,13 +77,22 @@ class HashSink:
     def __init__(self) -> None:
         self._hashes: dict[str, Any] = {}
 
-    def write(self, name: str, start: int, chunk: torch.Tensor) -> None:
-        self._hashes.setdefault(name, hashlib.sha256()).update(_raw(chunk))
+    def pieces(
+        self, name: str, numel: int, dtype: torch.dtype, chunk: int
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        found = self._hashes.setdefault(name, hashlib.sha256())
+        for start, piece in _scratch(numel, dtype, chunk, torch.device("cpu")):
+            yield start, piece
+            found.update(piece.view(torch.uint8).numpy().data)
 
     def digests(self) -> dict[str, str]:
         """Return the hex digest of each tensor written so far, by name."""
         return {name: value.hexdigest() for name, value in self._hashes.items()}
 
 
-def _raw(flat: torch.Tensor) -> memoryview:
-    return flat.cpu().view(torch.uint8).numpy().data
+def _scratch(
+    numel: int, dtype: torch.dtype, chunk: int, device: torch.device
+) -> Iterator[tuple[int, torch.Tensor]]:
+    buffer = torch.empty(min(chunk, numel), dtype=dtype, device=device)
+    for start in range(0, numel, chunk):
+        yield start, buffer[: numel - start]

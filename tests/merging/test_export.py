@@ -138,7 +138,7 @@ def test_an_interrupted_command_says_that_nothing_was_written(family, tmp_path, 
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("evomerge.merging.FileSink.write", interrupt)
+    monkeypatch.setattr("evomerge.merging.FileSink.pieces", interrupt)
     assert main(["merge", str(recipe), str(tmp_path / "out")]) == 75
     assert capsys.readouterr().err == f"dialect: paper\nStopped; {tmp_path / 'out'} was not written.\n"
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]

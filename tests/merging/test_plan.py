@@ -21,8 +21,10 @@ class Collect:
     def __init__(self, plan):
         self.tensors = {job.name: torch.full(job.shape, torch.nan, dtype=job.dtype) for job in plan.jobs}
 
-    def write(self, name, start, chunk):
-        self.tensors[name].view(-1)[start : start + chunk.numel()] = chunk
+    def pieces(self, name, numel, dtype, chunk):
+        assert self.tensors[name].dtype == dtype
+        for start in range(0, numel, chunk):
+            yield start, self.tensors[name].view(-1)[start : start + chunk]
 
 
 def run(recipe, **options):
