@@ -175,19 +175,24 @@ def list_magnitudes(operands: Operands, k: int) -> Magnitudes | None:
 def select_near(operands: Operands, k: int, rank: int) -> float | None:
     """Return the `rank`-th largest |θ_k − θ_0|, exactly, or None when a sample misjudges where it lies.
 
-    A sample brackets the value within six standard errors; one pass counts what is larger than the bracket
-    and collects what lies inside.
+    Deltas of 16-bit checkpoints repeat few values: of those, a pass counts how many magnitudes exceed, and equal,
+    the sample's values next to its quantile, of which one often is the answer. Otherwise the sample brackets the
+    value within six standard errors; a pass counts what is larger and collects what lies inside.
     """
     n = operands.size
     sample = operands.sample(k).abs_().cpu().numpy()
     sample.sort()
-    center, spread = sample.size * (1 - rank / n), 6 * math.sqrt(rank * (1 - rank / n) / n * sample.size) + 2
-    first, last = math.floor(center - spread), math.ceil(center + spread)
-    low = sample[first] if first >= 0 else 0.0
-    high = sample[last] if last < sample.size else math.inf
+    center = min(math.floor(sample.size * (1 - rank / n)), sample.size - 1)
+    guess = _guess(operands, k, rank, sample, center)
+    if guess is not None:
+        return guess
+    spread = 6 * math.sqrt(rank * (1 - rank / n) / n * sample.size) + 2
+    first, last = math.floor(center - spread), math.ceil(center + 1 + spread)
+    low = float(sample[first]) if first >= 0 else 0.0
+    high = float(sample[last]) if last < sample.size else math.inf
     larger, inside, most = 0, [], max(n // 8, _SHORT)
     for start in range(0, n, STRIP):
-        above, between = _between(operands, k, start, min(start + STRIP, n), float(low), float(high))
+        above, between = _between(operands, k, start, min(start + STRIP, n), low, high)
         larger += above
         inside.append(between)
         most -= between.size
@@ -198,14 +203,31 @@ def select_near(operands: Operands, k: int, rank: int) -> float | None:
     return float(np.partition(collected, at)[at]) if at >= 0 else None
 
 
+def _guess(operands: Operands, k: int, rank: int, sample: npt.NDArray[Any], center: int) -> float | None:
+    """Return one of the sample's values around `center` if it is the one sought."""
+    short = (torch.bfloat16, torch.float16)
+    if not native.usable(operands) or {operands.tensor(k).dtype, operands.tensor(-1).dtype} - {*short}:
+        return None
+    around = np.unique(sample[max(0, center - 512) : center + 513])
+    at = int(np.searchsorted(around, sample[center]))
+    values = around[max(0, at - 1) : at + native.GUESSES - 1]
+    values = np.pad(values, (0, native.GUESSES - values.size), mode="edge").astype(np.float32)
+    counts = np.zeros((2, native.GUESSES), dtype=np.int64)
+    for start in range(0, operands.size, STRIP):
+        native.count_ranks(operands, k, start, min(start + STRIP, operands.size), values, counts)
+    above, equal = counts
+    found = np.flatnonzero((above < rank) & (rank <= above + equal))
+    return float(values[found[0]]) if found.size else None
+
+
 def _between(
     operands: Operands, k: int, start: int, stop: int, low: float, high: float
 ) -> tuple[int, npt.NDArray[Any]]:
     """Count |θ_k − θ_0| above `high` among the elements ``start:stop``, and return those in [low, high]."""
     if native.usable(operands):
-        room = operands.row("room", stop - start).numpy()
-        larger, inside = native.collect_between(operands, k, start, stop, low, high, room)
-        return larger, room[:inside].copy()
+        room = operands.row("room", stop - start + 256).numpy()
+        larger, found = native.collect_between(operands, k, start, stop, low, high, room)
+        return larger, room[:found].copy()
     magnitudes = next(operands.chunks(stop - start, start, stop)).delta(k).abs_().cpu().numpy()
     between = magnitudes[(magnitudes >= low) & (magnitudes <= high)]
     return int(np.count_nonzero(magnitudes > high)), between

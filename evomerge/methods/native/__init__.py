@@ -27,6 +27,7 @@ BASE = -1
 """Stands for the base where the others are input numbers."""
 
 MOST_VECTORS = 16
+GUESSES = 4
 _DENSE, _TRIM, _MASK = 0, 1, 2
 
 
@@ -266,16 +267,36 @@ def add_magnitudes(
     )
 
 
+def count_ranks(
+    operands: Operands,
+    k: int,
+    start: int,
+    stop: int,
+    values: npt.NDArray[np.float32],
+    counts: npt.NDArray[np.int64],
+) -> None:
+    """Add to counts, ``(2, GUESSES)``, how many |τ_k| are above each of some values, and how many are equal to it."""
+    vector, base = _pair(operands, k, start, stop)
+    _loaded().evomerge_ranks(
+        vector.array,
+        base.array,
+        ctypes.c_int64(stop - start),
+        values.ctypes.data_as(ctypes.c_void_p),
+        counts.ctypes.data_as(ctypes.c_void_p),
+    )
+
+
 def collect_between(
     operands: Operands, k: int, start: int, stop: int, low: float, high: float, room: npt.NDArray[np.float32]
 ) -> tuple[int, int]:
     """Count |τ_k| above `high` and put those in [low, high] into `room`: (larger, inside).
 
-    More than ``room.size`` inside means that the room was too small.
+    Args:
+        operands, k, start, stop: which elements.
+        low, high: the bracket.
+        room: for 256 numbers more than may be found; more than ``room.size`` inside means that it was too small.
     """
-    vector, base = _Terms([Term(k)], operands), _Terms([Term(BASE)], operands)
-    vector.read(start, stop)
-    base.read(start, stop)
+    vector, base = _pair(operands, k, start, stop)
     larger = ctypes.c_int64(0)
     function = _loaded().evomerge_bracket
     function.restype = ctypes.c_int64
@@ -285,20 +306,25 @@ def collect_between(
         ctypes.c_int64(stop - start),
         ctypes.c_float(low),
         ctypes.c_float(high),
-        ctypes.c_int64(room.size),
+        ctypes.c_int64(room.size - 1),
         room.ctypes.data_as(ctypes.c_void_p),
         ctypes.byref(larger),
     )
     return larger.value, int(inside)
 
 
+def _pair(operands: Operands, k: int, start: int, stop: int) -> tuple[_Terms, _Terms]:
+    vector, base = _Terms([Term(k)], operands), _Terms([Term(BASE)], operands)
+    vector.read(start, stop)
+    base.read(start, stop)
+    return vector, base
+
+
 def count_digits(
     operands: Operands, k: int, start: int, stop: int, prefix: int, shift: int, counts: npt.NDArray[np.int64]
 ) -> None:
     """Count bits shift … shift + 15 of |τ_k|; see `reductions.select`."""
-    vector, base = _Terms([Term(k)], operands), _Terms([Term(BASE)], operands)
-    vector.read(start, stop)
-    base.read(start, stop)
+    vector, base = _pair(operands, k, start, stop)
     _loaded().evomerge_digits(
         vector.array,
         base.array,

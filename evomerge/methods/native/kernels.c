@@ -11,6 +11,11 @@
 
 #define BLOCK 256 /* 1 KiB a row: what a merge needs stays in the first-level cache */
 
+/* Called with constants, so that each combination gets loops of its own. */
+#define INLINE static inline __attribute__((always_inline))
+
+#define GUESSES 4
+
 enum dtype { F32 = 0, BF16 = 1, F16 = 2 };
 enum sparsity { DENSE = 0, TRIM = 1, MASK = 2 };
 enum elect { BY_SUM = 0, BY_COUNT = 1, BY_MAX = 2 };
@@ -212,89 +217,126 @@ int evomerge_deltas(const operand *operands, int32_t count, uint32_t first, int6
     return bad;
 }
 
-/* Comparisons are written so that a NaN goes through to the result, where it is noticed.
- *
- * What the entries q_k = c_k sparse(x_k - x_0) of a block add up to, by sign (positive, negative). */
+/* What the entries q_k = c_k sparse(x_k - x_0) of a block add up to, by sign (positive, negative). Comparisons are
+ * written so that a NaN goes through to the result, where it is noticed.
+ */
 typedef struct {
-    float sum[2][BLOCK], most[2][BLOCK], count[2][BLOCK], weight[2][BLOCK], lead[BLOCK];
+    float sum[2][BLOCK], most[2][BLOCK], count[2][BLOCK], weight[2][BLOCK], lead[BLOCK], base[BLOCK];
 } tally;
 
-static inline void take(tally *t, const operand *o, int32_t elect, int32_t merge, int is_first,
-                        const float *restrict q, int64_t n) {
-    float *restrict positive = t->sum[0], *restrict negative = t->sum[1];
-    if (is_first) {
-        memset(t->sum, 0, sizeof t->sum);
-        memset(t->most, 0, sizeof t->most);
-        memset(t->count, 0, sizeof t->count);
-        memset(t->weight, 0, sizeof t->weight);
-        memcpy(t->lead, q, (size_t)n * 4);
-    } else if (elect == BY_MAX) {
-        float *restrict lead = t->lead;
-        for (int64_t i = 0; i < n; i++) lead[i] = (fabsf(lead[i]) >= fabsf(q[i])) | (lead[i] != lead[i]) ? lead[i] : q[i];
-    }
-    for (int64_t i = 0; i < n; i++) {
-        positive[i] = positive[i] + (q[i] <= 0.0f ? 0.0f : q[i]);
-        negative[i] = negative[i] + (q[i] >= 0.0f ? 0.0f : q[i]);
-    }
-    if (merge == MEAN || elect == BY_COUNT) {
-        float *restrict up = t->count[0], *restrict down = t->count[1];
-        for (int64_t i = 0; i < n; i++) {
-            up[i] += q[i] > 0.0f ? 1.0f : 0.0f;
-            down[i] += q[i] < 0.0f ? 1.0f : 0.0f;
-        }
-    }
-    if (merge == WEIGHTED) {
-        float *restrict up = t->weight[0], *restrict down = t->weight[1], w = o->weight;
-        for (int64_t i = 0; i < n; i++) {
-            up[i] = up[i] + (q[i] > 0.0f ? w : 0.0f);
-            down[i] = down[i] + (q[i] < 0.0f ? w : 0.0f);
-        }
-    }
-    if (merge == MAX) {
-        float *restrict up = t->most[0], *restrict down = t->most[1];
-        for (int64_t i = 0; i < n; i++) {
-            up[i] = (q[i] > up[i]) | (q[i] != q[i]) ? q[i] : up[i];
-            down[i] = (q[i] < down[i]) | (q[i] != q[i]) ? q[i] : down[i];
-        }
-    }
-}
-
-/* Tallies a block of all operands but the base, which is operand 0 and is widened into `base`. */
-static inline void count_block(const operand *operands, int32_t count, int32_t elect, int32_t merge, uint32_t first,
-                               int64_t start, int64_t n, float *restrict base, tally *t) {
-    float x[BLOCK];
-    widen(operands[0].data, operands[0].dtype, start, n, base);
+/* Tallies a block of all operands but the base, which is operand 0. */
+INLINE void count_block(const operand *operands, int32_t count, int elect, int merge, uint32_t first,
+                        int64_t start, int64_t n, tally *restrict t) {
+    float q[BLOCK];
+    int by_sum = merge != MAX || elect == BY_SUM;
+    int by_count = merge == MEAN || elect == BY_COUNT;
+    if (by_sum) memset(t->sum, 0, sizeof t->sum);
+    if (by_count) memset(t->count, 0, sizeof t->count);
+    if (merge == WEIGHTED) memset(t->weight, 0, sizeof t->weight);
+    if (merge == MAX) memset(t->most, 0, sizeof t->most);
+    widen(operands[0].data, operands[0].dtype, start, n, t->base);
     for (int32_t k = 1; k < count; k++) {
-        float c = operands[k].coefficient;
-        widen(operands[k].data, operands[k].dtype, start, n, x);
-        for (int64_t i = 0; i < n; i++) x[i] = x[i] - base[i];
-        sparsify(&operands[k], first + (uint32_t)start, n, x);
-        for (int64_t i = 0; i < n; i++) x[i] = x[i] * c;
-        take(t, &operands[k], elect, merge, k == 1, x, n);
+        float c = operands[k].coefficient, w = operands[k].weight;
+        widen(operands[k].data, operands[k].dtype, start, n, q);
+        for (int64_t i = 0; i < n; i++) q[i] = q[i] - t->base[i];
+        sparsify(&operands[k], first + (uint32_t)start, n, q);
+        for (int64_t i = 0; i < n; i++) q[i] = q[i] * c;
+        if (elect == BY_MAX && k == 1) memcpy(t->lead, q, (size_t)n * 4);
+        for (int64_t i = 0; i < n; i++) {
+            float x = q[i];
+            if (by_sum) {
+                t->sum[0][i] = t->sum[0][i] + (x <= 0.0f ? 0.0f : x);
+                t->sum[1][i] = t->sum[1][i] + (x >= 0.0f ? 0.0f : x);
+            }
+            if (by_count) {
+                t->count[0][i] = t->count[0][i] + (x > 0.0f ? 1.0f : 0.0f);
+                t->count[1][i] = t->count[1][i] + (x < 0.0f ? 1.0f : 0.0f);
+            }
+            if (merge == WEIGHTED) {
+                t->weight[0][i] = t->weight[0][i] + (x > 0.0f ? w : 0.0f);
+                t->weight[1][i] = t->weight[1][i] + (x < 0.0f ? w : 0.0f);
+            }
+            if (merge == MAX) {
+                float up = t->most[0][i], down = t->most[1][i];
+                t->most[0][i] = (x > up) | (x != x) ? x : up;
+                t->most[1][i] = (x < down) | (x != x) ? x : down;
+            }
+            if (elect == BY_MAX) {
+                float lead = t->lead[i];
+                t->lead[i] = (fabsf(lead) >= fabsf(x)) | (lead != lead) ? lead : x;
+            }
+        }
     }
 }
 
-static inline float sign_of(float x) { return (float)((x > 0.0f) - (x < 0.0f)); }
+static inline float sign_of(float x) { return (x > 0.0f ? 1.0f : 0.0f) - (x < 0.0f ? 1.0f : 0.0f); }
 
-static inline float elected(const tally *t, int32_t elect, int64_t i) {
+INLINE float elected(const tally *t, int elect, int64_t i) {
     if (elect == BY_MAX) return sign_of(t->lead[i]);
     if (elect == BY_COUNT) return sign_of(t->count[0][i] - t->count[1][i]);
     return sign_of(t->sum[0][i] + t->sum[1][i]);
 }
 
-/* The sum of all elected signs. */
-int64_t evomerge_votes(const operand *operands, int32_t count, int32_t elect, uint32_t first, int64_t n) {
-    float base[BLOCK];
+INLINE int64_t votes(const operand *operands, int32_t count, int elect, uint32_t first, int64_t n) {
     tally t;
-    int64_t votes = 0;
+    int64_t total = 0;
     for (int64_t start = 0; start < n; start += BLOCK) {
         int64_t m = n - start < BLOCK ? n - start : BLOCK;
-        count_block(operands, count, elect, SUM, first, start, m, base, &t);
-        int32_t part = 0;
-        for (int64_t i = 0; i < m; i++) part += (int32_t)elected(&t, elect, i);
-        votes += part;
+        count_block(operands, count, elect, SUM, first, start, m, &t);
+        int32_t signs[BLOCK], part = 0;
+        for (int64_t i = 0; i < m; i++) signs[i] = (int32_t)elected(&t, elect, i);
+        for (int64_t i = 0; i < m; i++) part += signs[i];
+        total += part;
     }
-    return votes;
+    return total;
+}
+
+/* The sum of all elected signs. */
+int64_t evomerge_votes(const operand *operands, int32_t count, int32_t elect, uint32_t first, int64_t n) {
+    if (elect == BY_SUM) return votes(operands, count, BY_SUM, first, n);
+    if (elect == BY_COUNT) return votes(operands, count, BY_COUNT, first, n);
+    return votes(operands, count, BY_MAX, first, n);
+}
+
+INLINE int disjoint(const operand *operands, int32_t count, int elect, int merge, float scale, float tie,
+                    uint32_t first, int64_t n, float factor, int32_t dtype, void *out) {
+    float sum[BLOCK], signs[BLOCK];
+    tally t;
+    int32_t bad = 0, tied = 0, equal[BLOCK];
+    for (int64_t start = 0; start < n; start += BLOCK) {
+        int64_t m = n - start < BLOCK ? n - start : BLOCK;
+        count_block(operands, count, elect, merge, first, start, m, &t);
+        for (int64_t i = 0; i < m; i++) signs[i] = elected(&t, elect, i);
+        if (elect != BY_MAX) {
+            const float *restrict in_favour = elect == BY_COUNT ? t.count[0] : t.sum[0];
+            for (int64_t i = 0; i < m; i++) {
+                float none = signs[i] == 0.0f ? 1.0f : 0.0f, some = in_favour[i] > 0.0f ? 1.0f : 0.0f;
+                equal[i] = (int32_t)(none * some);
+                signs[i] = signs[i] + none * some * tie;
+            }
+            for (int64_t i = 0; i < m; i++) tied |= equal[i];
+        }
+        for (int64_t i = 0; i < m; i++) {
+            float sign = signs[i];
+            float positive = merge == MAX ? t.most[0][i] : t.sum[0][i];
+            float negative = merge == MAX ? t.most[1][i] : t.sum[1][i];
+            float entries = sign > 0.0f ? positive : negative;
+            if (merge == MEAN) {
+                float more = t.count[0][i], less = t.count[1][i];
+                float number = sign > 0.0f ? more : less;
+                entries = entries / (number > 1.0f ? number : 1.0f);
+            } else if (merge == WEIGHTED) {
+                float more = t.weight[0][i], less = t.weight[1][i];
+                float divisor = sign > 0.0f ? more : less;
+                entries = entries / (divisor == 0.0f ? 1.0f : divisor);
+            }
+            float merged = entries * (sign == 0.0f ? 0.0f : 1.0f) + 0.0f;
+            merged = merged * scale;
+            sum[i] = merged + t.base[i];
+        }
+        bad |= finish(sum, m, factor, dtype, out, start);
+    }
+    return bad | tied << 1;
 }
 
 /* out = x_0 + scale * (the merge of the entries that have the elected sign; `tie` where neither sign wins).
@@ -302,42 +344,23 @@ int64_t evomerge_votes(const operand *operands, int32_t count, int32_t elect, ui
  */
 int evomerge_disjoint(const operand *operands, int32_t count, int32_t elect, int32_t merge, float scale, float tie,
                       uint32_t first, int64_t n, float factor, int32_t dtype, void *out) {
-    float base[BLOCK], sum[BLOCK];
-    tally t;
-    int bad = 0, tied = 0;
-    for (int64_t start = 0; start < n; start += BLOCK) {
-        int64_t m = n - start < BLOCK ? n - start : BLOCK;
-        count_block(operands, count, elect, merge, first, start, m, base, &t);
-        float *restrict positive = merge == MAX ? t.most[0] : t.sum[0];
-        float *restrict negative = merge == MAX ? t.most[1] : t.sum[1];
-        int32_t any = 0;
-        for (int64_t i = 0; i < m; i++) {
-            float sign = elected(&t, elect, i);
-            int32_t equal = (sign == 0.0f) & (t.sum[0][i] > 0.0f) & (elect != BY_MAX);
-            any |= equal;
-            sum[i] = equal ? tie : sign;
-        }
-        tied |= any;
-        if (merge == MEAN) {
-            for (int64_t i = 0; i < m; i++) {
-                positive[i] = positive[i] / (t.count[0][i] > 1.0f ? t.count[0][i] : 1.0f);
-                negative[i] = negative[i] / (t.count[1][i] > 1.0f ? t.count[1][i] : 1.0f);
-            }
-        } else if (merge == WEIGHTED) {
-            for (int64_t i = 0; i < m; i++) {
-                positive[i] = positive[i] / (t.weight[0][i] == 0.0f ? 1.0f : t.weight[0][i]);
-                negative[i] = negative[i] / (t.weight[1][i] == 0.0f ? 1.0f : t.weight[1][i]);
-            }
-        }
-        for (int64_t i = 0; i < m; i++) {
-            float up = positive[i] * (sum[i] > 0.0f ? 1.0f : 0.0f);
-            float down = negative[i] * (sum[i] < 0.0f ? 1.0f : 0.0f);
-            float merged = (up + down) * scale;
-            sum[i] = merged + base[i];
-        }
-        bad |= finish(sum, m, factor, dtype, out, start);
-    }
-    return bad | tied << 1;
+#define CASE(E, M) \
+    if (elect == E && merge == M) \
+        return disjoint(operands, count, E, M, scale, tie, first, n, factor, dtype, out);
+    CASE(BY_SUM, MEAN)
+    CASE(BY_SUM, WEIGHTED)
+    CASE(BY_SUM, SUM)
+    CASE(BY_SUM, MAX)
+    CASE(BY_COUNT, MEAN)
+    CASE(BY_COUNT, WEIGHTED)
+    CASE(BY_COUNT, SUM)
+    CASE(BY_COUNT, MAX)
+    CASE(BY_MAX, MEAN)
+    CASE(BY_MAX, WEIGHTED)
+    CASE(BY_MAX, SUM)
+    CASE(BY_MAX, MAX)
+#undef CASE
+    return 1;
 }
 
 /* Adds the products of vectors to lanes: element i of the chunk belongs to lane (lane + i) mod lanes.
@@ -396,40 +419,54 @@ void evomerge_absolute(const operand *vector, const operand *base, uint32_t firs
     }
 }
 
-/* Counts |x - base| > high, and collects those in [low, high], at most `room` of them.
- * Returns how many were inside; more than `room` means that the buffer was too small.
- */
-int64_t evomerge_bracket(const operand *vector, const operand *base, int64_t n, float low, float high,
-                         int64_t room, float *restrict inside, int64_t *restrict larger) {
+/* Adds to counts, (2, GUESSES), how many |x - base| are above each of some values, and how many are equal to it. */
+void evomerge_ranks(const operand *vector, const operand *base, int64_t n, const float *values, int64_t *counts) {
     float x[BLOCK], origin[BLOCK];
-    int64_t found = 0, above = 0;
     for (int64_t start = 0; start < n; start += BLOCK) {
         int64_t m = n - start < BLOCK ? n - start : BLOCK;
         widen(vector->data, vector->dtype, start, m, x);
-        if (base) {
-            widen(base->data, base->dtype, start, m, origin);
-            for (int64_t i = 0; i < m; i++) x[i] = fabsf(x[i] - origin[i]);
-        } else {
-            for (int64_t i = 0; i < m; i++) x[i] = fabsf(x[i]);
+        widen(base->data, base->dtype, start, m, origin);
+        for (int64_t i = 0; i < m; i++) x[i] = fabsf(x[i] - origin[i]);
+        for (int g = 0; g < GUESSES; g++) {
+            float value = values[g];
+            int32_t above = 0, equal = 0;
+            for (int64_t i = 0; i < m; i++) {
+                above += x[i] > value;
+                equal += x[i] == value;
+            }
+            counts[g] += above;
+            counts[GUESSES + g] += equal;
         }
-        int32_t more = 0, within = 0;
-        for (int64_t i = 0; i < m; i++) {
-            more += x[i] > high;
-            within += (x[i] >= low) & (x[i] <= high);
-        }
-        above += more;
-        if (found + within > room) return room + 1;
-        if (within == 0) continue;
+    }
+}
+
+/* Counts |x - base| > high, and collects those in [low, high], at most `room` of them (`inside` has space for one
+ * more). Returns how many were collected; more than `room` means that the room was too small.
+ */
+int64_t evomerge_bracket(const operand *vector, const operand *base, int64_t n, float low, float high, int64_t room,
+                         float *restrict inside, int64_t *restrict larger) {
+    float x[BLOCK], origin[BLOCK];
+    int64_t found = 0;
+    for (int64_t start = 0; start < n; start += BLOCK) {
+        int64_t m = n - start < BLOCK ? n - start : BLOCK;
+        widen(vector->data, vector->dtype, start, m, x);
+        widen(base->data, base->dtype, start, m, origin);
+        for (int64_t i = 0; i < m; i++) x[i] = fabsf(x[i] - origin[i]);
+        int32_t above = 0;
+        for (int64_t i = 0; i < m; i++) above += x[i] > high;
+        *larger += above;
+        if (found + m > room) return room + 1;
         for (int64_t i = 0; i < m; i += 16) {
             int64_t end = i + 16 < m ? i + 16 : m;
             int32_t any = 0;
             for (int64_t j = i; j < end; j++) any |= (x[j] >= low) & (x[j] <= high);
             if (!any) continue;
-            for (int64_t j = i; j < end; j++)
-                if ((x[j] >= low) & (x[j] <= high)) inside[found++] = x[j];
+            for (int64_t j = i; j < end; j++) {
+                inside[found] = x[j];
+                found += (x[j] >= low) & (x[j] <= high);
+            }
         }
     }
-    *larger += above;
     return found;
 }
 
