@@ -25,8 +25,8 @@ import torch
 from evomerge.checkpoints.files import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
 from evomerge.checkpoints.header import build_header
 from evomerge.checkpoints.model_config import set_dtype
-from evomerge.checkpoints.tokenizer import PROCESSOR_FILES, copy_tokenizer
 from evomerge.checkpoints.pieces import PIECE, PieceFile, PiecePool, write_at
+from evomerge.checkpoints.tokenizer import PROCESSOR_FILES, copy_tokenizer
 from evomerge.errors import InfrastructureError, UserError
 
 T = TypeVar("T")
