@@ -23,6 +23,7 @@ _PUBLIC = {
     "evaluate": "evomerge.scoring",
     "extract_lora": "evomerge.extraction",
     "convert": "evomerge.checkpoints.conversion",
+    "collect_statistics": "evomerge.statistics.collect",
     "Config": "evomerge.config",
     "load_config": "evomerge.config",
     "Recipe": "evomerge.recipe",
@@ -33,6 +34,7 @@ __all__ = [
     "Config",
     "Recipe",
     "Run",
+    "collect_statistics",
     "convert",
     "evaluate",
     "extract_lora",
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from evomerge.recipe import Recipe, load_recipe
     from evomerge.scoring import evaluate
     from evomerge.searching.run import Run, resume, search
+    from evomerge.statistics.collect import collect_statistics
 
 
 def __getattr__(name: str) -> Any:

@@ -149,6 +149,25 @@ def _parser() -> argparse.ArgumentParser:
         "--max-shard-size", default="5GB", metavar="SIZE", help="of a weights file (default: 5GB)"
     )
 
+    sub = command(
+        "statistics", _statistics, "compute what a model's data says of its weights", _STATISTICS_HELP
+    )
+    sub.add_argument("model", metavar="MODEL", help="model folder or hub id")
+    sub.add_argument("--data", type=Path, required=True, metavar="FILE", help="JSONL with one text a line")
+    sub.add_argument("--kind", choices=("fisher", "gram"), required=True, help="for fisher, or for regmean")
+    sub.add_argument("--key", default="text", help="key of the text in each line (default: text)")
+    sub.add_argument("--prompt", metavar="KEY", help="key of a prompt that the text answers")
+    sub.add_argument("--samples", type=int, default=256, metavar="N", help="texts used (default: 256)")
+    sub.add_argument("--max-length", type=int, default=512, metavar="N", help="tokens of each (default: 512)")
+    sub.add_argument(
+        "--labels",
+        choices=("given", "sampled"),
+        default="given",
+        help="of the Fisher information (default: given)",
+    )
+    sub.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="folder to write (default: where merges look)")
+
     sub = command("evaluate", _evaluate, "score a model or a recipe on a config's suite", _EVALUATE_HELP)
     sub.add_argument("model", metavar="MODEL_OR_RECIPE", help="model folder, recipe file or run directory")
     sub.add_argument("--config", type=Path, required=True, metavar="CONFIG", help="whose suite is used")
@@ -250,6 +269,14 @@ examples:
 Reads pytorch_model.bin (or its shards) or adapter_model.bin with an unpickler that makes tensors and runs no
 code; a file that needs more is refused. Tensors keep their bytes.
 """
+_STATISTICS_HELP = """\
+A merge by fisher or regmean computes them itself where they are missing. Computed ahead, with the settings of
+the recipe's data, they are found by every merge of this model on these texts.
+
+examples:
+  evomerge statistics ./maths --data maths.jsonl --kind gram --device cuda
+  evomerge statistics ./maths --data maths.jsonl --kind fisher --samples 1000 --out maths-fisher
+"""
 _EVALUATE_HELP = """\
 examples:
   evomerge evaluate ./my-model --config my.yaml
@@ -345,6 +372,7 @@ def _merge(options: argparse.Namespace) -> int:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
     from evomerge.merging import merge
+    from evomerge.statistics.needed import in_lines
 
     recipe = _read_recipe(options.recipe)
     console = Console(stderr=True)
@@ -356,7 +384,13 @@ def _merge(options: argparse.Namespace) -> int:
             def show(done: int, total: int) -> None:
                 display.update(task, description="merging", completed=done, total=total)
 
-            out = merge(recipe, options.out, max_shard_size=options.max_shard_size, progress=show)
+            out = merge(
+                recipe,
+                options.out,
+                max_shard_size=options.max_shard_size,
+                progress=show,
+                report=in_lines(console.print),
+            )
     except KeyboardInterrupt:
         raise Stopped(f"Stopped; {options.out} was not written.") from None
     print(out)
@@ -421,6 +455,28 @@ def _convert(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         raise Stopped(f"Stopped; {options.out} was not written.") from None
     print(out)
+    return 0
+
+
+def _statistics(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    prepare(offline=Path(options.model).expanduser().exists())
+    from evomerge.data_config import Data
+    from evomerge.schema import validate
+    from evomerge.statistics.collect import collect_statistics
+    from evomerge.statistics.needed import in_lines
+
+    settings = {key: getattr(options, key) for key in ("key", "prompt", "samples", "max_length", "labels")}
+    data = validate(Data, {"texts": str(options.data), **settings}, None)
+    say = Console(stderr=True).print
+    try:
+        statistics = collect_statistics(
+            options.model, data, options.kind, options.out, device=options.device, report=in_lines(say)
+        )
+    except KeyboardInterrupt:
+        raise Stopped("Stopped; nothing was written.") from None
+    print(statistics.folder)
     return 0
 
 

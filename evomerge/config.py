@@ -284,6 +284,17 @@ class Config(Frozen):
             method.check_inputs(base, tuple(self.models.experts), "space.method", self.space.dialect)
         except ValueError as error:
             raise ValueError(f"{error}; models.experts lists {', '.join(self.models.experts)}") from None
+        if self.space.data is not None:
+            try:
+                self.space.data.check_inputs(tuple(self.models.experts))
+            except ValueError as error:
+                raise ValueError(f"space.data.{error}") from None
+            known_tasks = [task.task for task in self.suite.tasks]
+            for name in self.space.data.tasks:
+                if name not in known_tasks:
+                    raise ValueError(
+                        f"space.data.texts: no task of the suite is called '{name}'{nearest(name, known_tasks)}"
+                    )
         for name, specs in self.space.parameters.items():
             for spec in specs:
                 if spec.per not in (None, "expert", "shared", *self.models.experts):
@@ -365,4 +376,7 @@ def _absolute(config: Config, folder: Path) -> Config:
     include = tuple(str((folder / expand_home(entry)).resolve()) for entry in config.suite.include)
     suite = config.suite.model_copy(update={"include": include})
     output = resolve_output(config.output, ("base", *config.models.experts), folder)
-    return config.model_copy(update={"models": models, "suite": suite, "output": output})
+    space = config.space
+    if space.data is not None:
+        space = space.model_copy(update={"data": space.data.placed(folder)})
+    return config.model_copy(update={"models": models, "space": space, "suite": suite, "output": output})

@@ -14,9 +14,10 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from evomerge.checkpoints.names import ROLES, Position, Role, TensorName
+from evomerge.data_config import Data
 from evomerge.errors import UserError, nearest
 from evomerge.methods.expressions import factors
-from evomerge.methods.registry import MergeMethod, Parameter, get_method
+from evomerge.methods.registry import MergeMethod, Needs, Parameter, get_method
 from evomerge.output import Output as Output
 from evomerge.schema import Frozen, Number, Whole, dump_yaml, read_text, read_yaml, shown, validate
 from evomerge.settings import Scalar, Value, canonical, evaluate, scalars
@@ -104,12 +105,14 @@ class Merge(Frozen):
     gives the value; then the merge's own `parameters`, then the method's default. The method is found
     likewise. A value may be a gradient over depth, or depend on the tensor's name (`evomerge.settings`);
     where no filter of a place matches, the next place is asked. A `weight` may be a linear expression of the
-    inputs, such as ``c + (b - a)`` ("a is to b as c is to …"); it stands for each input's factor.
+    inputs, such as ``c + (b - a)`` ("a is to b as c is to …"); it stands for each input's factor. Methods that
+    weigh the inputs with what data says of them need `data`.
     """
 
     method: str
     base: str | None = None
     inputs: tuple[str, ...] = Field(min_length=1)
+    data: Data | None = None
     dialect: Literal["paper", "mergekit"] = "paper"
     parameters: dict[str, Value] = Field(default_factory=dict)
     rules: tuple[Rule, ...] = ()
@@ -179,6 +182,12 @@ class Merge(Frozen):
     def methods(self) -> tuple[str, ...]:
         """Names of all methods in use, the main one first."""
         return tuple(dict.fromkeys([self.method, *(r.method for r in self.rules if r.method)]))
+
+    @property
+    def needs(self) -> tuple[Needs, ...]:
+        """The kinds of statistics that its methods need."""
+        kinds = (get_method(method).needs for method in self.methods)
+        return tuple(dict.fromkeys(kind for kind in kinds if kind))
 
 
 class Hop(Frozen):
@@ -268,6 +277,22 @@ class Recipe(Frozen):
                     f"(known: {', '.join(method.dialects)})"
                 )
             method.check_inputs(merge.base, merge.inputs, where, merge.dialect)
+        if merge.data is None and merge.needs:
+            user = next(method.name for method in methods.values() if method.needs)
+            raise ValueError(
+                f"{where}: {user} needs data for every input; add e.g. data: {{texts: ./texts.jsonl}}"
+            )
+        if merge.data is not None:
+            try:
+                merge.data.check_inputs(merge.inputs)
+            except ValueError as error:
+                raise ValueError(f"{where}.data.{error}") from None
+            if merge.data.tasks:
+                raise ValueError(
+                    f"{where}.data.texts: a recipe has no tasks, '{merge.data.tasks[0]}' is none of its; name a file"
+                )
+        if "merged gram" in merge.needs and self.path is not None:
+            raise ValueError(f"{where}: regmean++ merges all layers in order; leave out 'path'")
         declared: dict[str, list[Parameter]] = {}
         for method in methods.values():
             for parameter in method.parameters_in(merge.dialect):
@@ -364,11 +389,17 @@ class Recipe(Frozen):
         return copy
 
     def pinned(self, hashes: Mapping[str, str]) -> Recipe:
-        """Return the recipe with the content hash of every model filled in."""
+        """Return the recipe with the content hash of every model and of every file of texts filled in."""
         models = {
             name: source.model_copy(update={"sha256": hashes[name]}) for name, source in self.models.items()
         }
-        return self.model_copy(update={"models": models})
+        merges = {
+            name: merge.model_copy(update={"data": merge.data.pinned()})
+            if merge.data and merge.needs
+            else merge
+            for name, merge in self.merges.items()
+        }
+        return self.model_copy(update={"models": models, "merges": merges})
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, ready for YAML or JSON, without absent keys."""
@@ -398,10 +429,13 @@ def load_recipe(path: Path) -> Recipe:
         adapter = None if source.adapter is None else resolve_source(source.adapter, folder)
         return source.model_copy(update={"source": resolve_source(source.source, folder), "adapter": adapter})
 
+    merges = {
+        name: merge.model_copy(update={"data": merge.data.placed(folder)}) if merge.data else merge
+        for name, merge in recipe.merges.items()
+    }
     models = {name: place(source) for name, source in recipe.models.items()}
-    return recipe.model_copy(
-        update={"models": models, "output": resolve_output(recipe.output, models, folder)}
-    )
+    output = resolve_output(recipe.output, models, folder)
+    return recipe.model_copy(update={"models": models, "merges": merges, "output": output})
 
 
 def resolve_output(output: Output, models: Iterable[str], folder: Path) -> Output:
@@ -501,7 +535,18 @@ def _canonical_merge(merge: Merge, digests: Mapping[str, str]) -> dict[str, Any]
             }
             for rule in merge.rules
         ],
+        **({"data": _canonical_data(merge)} if merge.needs else {}),
     }
+
+
+def _canonical_data(merge: Merge) -> list[Any]:
+    assert merge.data is not None, "checked with the recipe"
+    for name in merge.inputs:
+        if merge.data.file_of(name).sha256 is None:
+            raise ValueError(
+                f"data.texts: the sha256 of the texts of '{name}' is not known yet; pin the recipe first"
+            )
+    return [[merge.data.settings(name, needs) for name in merge.inputs] for needs in merge.needs]
 
 
 def _fallbacks(method: MergeMethod, merge: Merge) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from evomerge.checkpoints.names import ROLES, Role
+from evomerge.data_config import Data
 from evomerge.errors import nearest
 from evomerge.methods.registry import get_method
 from evomerge.schema import Frozen, Number, Positive, Whole, shown
@@ -148,12 +149,14 @@ class Space(Frozen):
 
     Attributes:
         base: false keeps models.base out of the arithmetic of a method for which a base is optional.
+        data: texts for methods that weigh the experts with what data says of them.
     """
 
     type: Literal["coefficients"] = "coefficients"
     method: str
     dialect: Literal["paper", "mergekit"] = "paper"
     base: bool = True
+    data: Data | None = None
     parameters: dict[str, tuple[ParameterSpec, ...]] = Field(default_factory=dict)
 
     @field_validator("parameters", mode="before")
@@ -175,6 +178,15 @@ class Space(Frozen):
         if self.dialect not in method.dialects:
             raise ValueError(
                 f"dialect: {method.name} has no dialect {self.dialect} (known: {', '.join(method.dialects)})"
+            )
+        if method.needs == "merged gram":
+            raise ValueError(
+                f"method: {method.name} cannot be searched: its layer inputs are other ones for every candidate; "
+                "search regmean, or use regmean++ with 'evomerge merge'"
+            )
+        if method.needs and self.data is None:
+            raise ValueError(
+                f"{method.name} needs data for every expert; add e.g. data: {{texts: ./texts.jsonl}}"
             )
         role = method.base_in(self.dialect)
         if not self.base and not role.startswith("optional"):

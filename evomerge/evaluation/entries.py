@@ -46,6 +46,24 @@ def gold_of(task: Any, doc: Any) -> tuple[Any, tuple[str, ...] | None]:
     return choices.index(gold) if isinstance(gold, str) and gold in choices else gold, choices
 
 
+def reference_of(entry: Entry) -> tuple[str, str] | None:
+    """Return an item's prompt and its right answer, as they follow each other; None if there is none."""
+    request = entry.requests[0]
+    if isinstance(request, Rolling):
+        return "", request.text
+    if entry.choices is not None:
+        gold = entry.gold[0] if isinstance(entry.gold, list) and entry.gold else entry.gold
+        if not isinstance(gold, int) or not 0 <= gold < len(entry.choices):
+            return None
+        request = entry.requests[gold]
+    if isinstance(request, Loglikelihood):
+        return request.context, request.continuation
+    gold = entry.gold[0] if isinstance(entry.gold, list | tuple) and entry.gold else entry.gold
+    if not isinstance(gold, str | int | float) or not isinstance(request, Generation):
+        return None
+    return request.context, f"{entry.task.config.target_delimiter}{gold}"
+
+
 def ask_of(entries: Iterable[Entry]) -> Questions:
     entries = tuple(entries)
     asked: dict[type, tuple[Request, ...]] = {

@@ -13,7 +13,16 @@ from evomerge.config import Splits
 from evomerge.config import Suite as SuiteConfig
 from evomerge.errors import UserError, at
 from evomerge.evaluation.blocks import cut_blocks
-from evomerge.evaluation.entries import Entry, Questions, answer, answers_of, ask_of, gold_of, results_of
+from evomerge.evaluation.entries import (
+    Entry,
+    Questions,
+    answer,
+    answers_of,
+    ask_of,
+    gold_of,
+    reference_of,
+    results_of,
+)
 from evomerge.evaluation.guards import check_answers
 from evomerge.evaluation.items import SPLITS, Block, Item, ItemScore, Split
 from evomerge.evaluation.metrics import Metric, choose_metric
@@ -130,6 +139,14 @@ class Suite:
     def items(self, split: Split) -> tuple[Item, ...]:
         """Return a split's items: by task, then by id, whatever the order of the files."""
         return tuple(entry.item for entry in self._of(split).values())
+
+    def references(self, task: str) -> list[tuple[str, str]]:
+        """Return the prompt and the right answer of each search item of a task, in the items' order.
+
+        The prompt of a text that is scored as a whole is empty. Items whose reference is no text are left out.
+        """
+        known = [reference_of(entry) for entry in self._of("search").values() if entry.item.task == task]
+        return [pair for pair in known if pair is not None and pair[1]]
 
     def sha256(self, split: Split) -> str:
         """Return the hash of a split's items."""

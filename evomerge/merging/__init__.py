@@ -34,11 +34,14 @@ from evomerge.merging.sinks import FileSink, HashSink, LiveSink, Sink
 from evomerge.merging.vocabulary import donor_of, output_vocabulary
 from evomerge.output import Output
 from evomerge.recipe import Recipe, Source
+from evomerge.statistics.jobs import without_statistics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from evomerge.merging.live import Materializer, live_model
+    from evomerge.statistics.files import Statistics
+    from evomerge.statistics.needed import Report
 
 __all__ = [
     "FileSink",
@@ -83,6 +86,7 @@ def merge(
     max_shard_size: int | str = "5GB",
     progress: Progress | None = None,
     threads: int | None = None,
+    report: Report | None = None,
 ) -> Path:
     """Merge checkpoints as a recipe says and write the result as a Hugging Face checkpoint folder.
 
@@ -96,6 +100,8 @@ def merge(
         max_shard_size: largest safetensors file, in bytes or as ``5GB``, ``500MB``, ``2GiB``.
         progress: called with (bytes written, bytes in all).
         threads: tensors worked on at the same time; None: one per CPU. The bytes do not depend on it.
+        report: called with (what is done, steps done, steps in all) while the models are run for a method
+            that needs statistics which are not kept from before.
 
     Returns:
         `out` as a path.
@@ -113,7 +119,13 @@ def merge(
     prepare(offline=not recipe.uses_hub)
     checkpoints = open_parents(recipe)
     return write_merge(
-        recipe, checkpoints, out, max_shard_size=max_shard_size, progress=progress, threads=threads
+        recipe,
+        checkpoints,
+        out,
+        max_shard_size=max_shard_size,
+        progress=progress,
+        threads=threads,
+        report=report,
     )
 
 
@@ -125,6 +137,7 @@ def write_merge(
     max_shard_size: int | str = "5GB",
     progress: Progress | None = None,
     threads: int | None = None,
+    report: Report | None = None,
 ) -> Path:
     """Do what `merge` does with parents that are open already."""
     out = Path(out)
@@ -133,7 +146,8 @@ def write_merge(
     verify_sources(recipe, checkpoints)
     recipe = pin(recipe, checkpoints)
     plan = plan_merge(recipe, checkpoints)
-    for warning in plan.warnings:
+    statistics = _statistics(recipe, checkpoints, report)
+    for warning in (*plan.warnings, *without_statistics(plan, checkpoints, statistics)):
         _log.warning("%s", warning)
     try:
         with (
@@ -157,6 +171,7 @@ def write_merge(
                 progress=progress,
                 threads=threads or _cpus(),
                 stream=True,
+                statistics=statistics,
             )
             writer.commit({RECIPE_FILE: recipe.to_yaml(), **_copied_list(plan)})
     except CandidateFailed as failure:
@@ -181,6 +196,16 @@ def _templates(plan: MergePlan) -> Iterator[Path | None]:
     with tempfile.TemporaryDirectory(prefix="evomerge-templates-") as place:
         write_chat_templates(Path(place), plan.chat_templates)
         yield Path(place)
+
+
+def _statistics(
+    recipe: Recipe, checkpoints: Mapping[str, Checkpoint], report: Report | None
+) -> dict[str, Statistics]:
+    if not any(merge.needs for merge in recipe.merges.values()):
+        return {}
+    from evomerge.statistics.needed import provide
+
+    return provide(recipe, checkpoints, report=report)
 
 
 def open_parents(recipe: Recipe) -> dict[str, Checkpoint]:

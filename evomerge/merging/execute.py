@@ -16,6 +16,8 @@ from evomerge.merging.plan import MergePlan, TensorJob
 from evomerge.merging.sinks import Sink
 from evomerge.merging.streams import Arena, StreamedTensor
 from evomerge.methods import TensorCache, TensorMerge
+from evomerge.statistics.files import Source
+from evomerge.statistics.jobs import statistics_of
 
 CHUNK = 1 << 18
 
@@ -38,6 +40,7 @@ def execute(
     chunk: int = CHUNK,
     threads: int = 1,
     stream: bool = False,
+    statistics: Mapping[str, Source] | None = None,
 ) -> None:
     """Compute the plan's tensors and write them to a sink.
 
@@ -56,6 +59,7 @@ def execute(
         threads: tensors worked on at the same time.
         stream: read the parents chunk by chunk instead of mapping their files, so that resident memory stays
             bounded whatever the size. For parents that are read once.
+        statistics: those that the jobs name, by key.
 
     Raises:
         NonFinite: the first tensor, in the plan's order, with a weight that is not a finite number.
@@ -78,7 +82,7 @@ def execute(
     def work(job: TensorJob) -> None:
         nonlocal done
         arenas.slot = -1
-        write = _writer(job, plan.parents(job, checkpoints), read, cache)
+        write = _writer(job, plan.parents(job, checkpoints), read, cache, statistics or {})
         for start, piece in sink.pieces(job.name, job.numel, job.dtype, chunk):
             if not write(start, start + piece.numel(), piece):
                 bad = piece[~torch.isfinite(piece)][0].item()
@@ -128,6 +132,7 @@ def _writer(
     parents: Mapping[str, Checkpoint],
     read: Callable[[Checkpoint, str], torch.Tensor],
     cache: TensorCache | None,
+    statistics: Mapping[str, Source],
 ) -> Callable[[int, int, torch.Tensor], bool]:
     """Return a function that writes a range of the job's elements and tells whether all are finite."""
     if job.method is None:
@@ -146,6 +151,7 @@ def _writer(
         shape=job.shape,
         transposed=job.transposed,
         factor=job.factor,
+        statistics=statistics_of(job, parents, statistics),
     )
     return merge.write
 

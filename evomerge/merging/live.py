@@ -29,6 +29,8 @@ from evomerge.merging.plan import MergePlan, TensorJob, plan_merge
 from evomerge.merging.sinks import LiveSink
 from evomerge.methods import TensorCache
 from evomerge.recipe import Recipe
+from evomerge.statistics.files import Source
+from evomerge.statistics.needed import provide
 
 
 def live_model(
@@ -114,6 +116,7 @@ class Materializer:
         self._shape: tuple[dict[str, Any], torch.dtype] | None = None
         self._sink: LiveSink | None = None
         self._held: dict[str, TensorJob] = {}
+        self._statistics: dict[str, Source] = {}
 
     @property
     def model(self) -> nn.Module | None:
@@ -132,6 +135,8 @@ class Materializer:
             UserError: the recipe does not fit the parents.
         """
         plan = plan_merge(recipe, self._checkpoints)
+        if any(key not in self._statistics for job in plan.jobs for key in job.statistics):
+            self._statistics |= provide(recipe, self._checkpoints, device=str(self._device))
         model, sink = self._live(plan)
         changed = [job for job in plan.jobs if job.name in sink and self._held.get(job.name) != job]
         self._held = {}
@@ -143,6 +148,7 @@ class Materializer:
             cache=self._cache,
             chunk=self._chunk,
             threads=self._threads,
+            statistics=self._statistics,
         )
         self._held = {job.name: job for job in plan.jobs}
         return model

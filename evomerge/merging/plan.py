@@ -28,9 +28,10 @@ from evomerge.merging.paths import check_hops, check_layers, fold_scales, tensor
 from evomerge.merging.token_ids import follow_tokenizer
 from evomerge.merging.vocabulary import OutputVocabulary, donor_of, ends, head_of, output_vocabulary, voters
 from evomerge.methods import MaskKey
-from evomerge.methods.registry import Parameter, get_method
+from evomerge.methods.registry import Needs, Parameter, get_method
 from evomerge.recipe import Hop, Merge, Recipe
 from evomerge.settings import depth_of
+from evomerge.statistics.files import statistics_key, tokenizer_of
 
 JobValue = float | bool | str | tuple[float, ...]
 
@@ -55,6 +56,7 @@ class TensorJob:
         factor: multiplied in before the rounding (folded scales of a layer path).
         view: key of `MergePlan.views` where the models are read in another form than they are stored.
         transposed: whether a layer's matrix is kept as (in, out) instead of (out, in).
+        statistics: keys of the statistics of each input that the method needs; none if it needs none.
     """
 
     name: str
@@ -71,6 +73,7 @@ class TensorJob:
     sources: tuple[tuple[str, str], ...] = ()
     view: str = ""
     transposed: bool = False
+    statistics: tuple[str, ...] = ()
 
     def source_in(self, model: str) -> str:
         """Return the tensor's name in one of the models."""
@@ -90,7 +93,7 @@ class TensorJob:
     def key(self) -> str:
         """What the candidate-independent reductions of this tensor are cached under."""
         names = [self.source_in(model) for model in self.inputs] if self.sources else []
-        return "\x1f".join([self.source, self.view, self.base or "", *self.inputs, *names])
+        return "\x1f".join([self.source, self.view, self.base or "", *self.inputs, *names, *self.statistics])
 
 
 @dataclass(frozen=True)
@@ -196,6 +199,21 @@ def _outside_copied(name: str, donor: Checkpoint) -> list[str]:
     ]
 
 
+def statistics_keys(
+    recipe: Recipe, merge: str, needs: Needs, checkpoints: Mapping[str, Checkpoint]
+) -> tuple[str, ...]:
+    """Return the key of each input's statistics of one kind, for a merge of a recipe."""
+    content = recipe.merges[merge]
+    assert content.data is not None, "checked with the recipe"
+    # Merged layers depend on all models, and through the rows of the embedding on their tokenizers.
+    others = [tokenizer_of(checkpoints[model].path) for model in recipe.models]
+    context = " ".join([recipe.hash, *others]) if needs == "merged gram" else ""
+    return tuple(
+        statistics_key(needs, checkpoints[name], content.data.settings(name, needs), context)
+        for name in content.inputs
+    )
+
+
 def _plan_path(
     recipe: Recipe, checkpoints: Mapping[str, Checkpoint], planner: _Planner
 ) -> tuple[list[TensorJob], dict[str, Any], str, tuple[str, ...]]:
@@ -266,6 +284,7 @@ class _Planner:
         dtype = recipe.output.dtype
         self._dtype: torch.dtype | None = getattr(torch, dtype) if dtype else None
         self._identity: dict[tuple[str, ...], tuple[str, ...]] = {}
+        self._keys: dict[tuple[str, Needs], tuple[str, ...]] = {}
         self.head = head_of(recipe, checkpoints)
         self.vocabulary = output_vocabulary(recipe, checkpoints)
         self.views: dict[str, Mapping[str, Checkpoint]] = {}
@@ -346,7 +365,13 @@ class _Planner:
             values=_values(source, merge, name, resolved, job.source),
             masks=self._masks(merge.inputs, job.source) if method.random else None,
             sources=tuple(names.items()),
+            statistics=self._statistics(source, method.needs) if method.needs else (),
         )
+
+    def _statistics(self, source: str, needs: Needs) -> tuple[str, ...]:
+        if (source, needs) not in self._keys:
+            self._keys[source, needs] = statistics_keys(self._recipe, source, needs, self._checkpoints)
+        return self._keys[source, needs]
 
     def _masks(self, inputs: tuple[str, ...], tensor: str) -> MaskKey:
         if inputs not in self._identity:

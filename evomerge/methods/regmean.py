@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from evomerge.errors import CandidateFailed
-from evomerge.methods.kernels import Values, combine
+from evomerge.methods.kernels import Values, combine, fused_combination
+from evomerge.methods.native import Fused
 from evomerge.methods.operands import Chunk, Operands
 from evomerge.methods.registry import MergeMethod, Needs, Parameter, register
 from evomerge.methods.statistics import WEIGHT, Statistic, shares, statistics_of
@@ -22,13 +23,13 @@ from evomerge.methods.statistics import WEIGHT, Statistic, shares, statistics_of
 
 @dataclass(frozen=True)
 class RegressionMean:
-    """W = argmin Σ_k w_k ‖X_k Wᵀ − X_k W_kᵀ‖² for a linear layer; elsewhere the weighted mean."""
+    """W = argmin Σ_k w_k ‖X_k Wᵀ − X_k W_kᵀ‖² / tokens_k for a linear layer; elsewhere the weighted mean."""
 
     def prepare(self, operands: Operands, values: Values) -> Sequence[float] | Tensor:
         statistics = statistics_of(operands)
-        active = [share for share in shares(values) if share > 0]
-        if statistics is None or len(active) == 1:
-            return shares(values)
+        weights = shares(values)
+        if statistics is None or max(weights) == 1:
+            return weights
         return solve(operands, statistics, values).reshape(-1)
 
     def apply(self, plan: Sequence[float] | Tensor, chunk: Chunk, out: Tensor) -> None:
@@ -36,6 +37,9 @@ class RegressionMean:
             out.copy_(plan[chunk.start : chunk.stop])
         else:
             combine(plan, chunk, out)
+
+    def fused(self, plan: Sequence[float] | Tensor) -> Fused | None:
+        return None if isinstance(plan, Tensor) else fused_combination(plan)
 
 
 def solve(operands: Operands, statistics: Sequence[Statistic], values: Values) -> Tensor:
@@ -46,7 +50,7 @@ def solve(operands: Operands, statistics: Sequence[Statistic], values: Values) -
     having more data. ρ is `ridge` times the mean of the diagonal of Σ w_k G_k. Solved in float64 by Cholesky.
 
     Args:
-        operands: W_k ``(d_out, d_in)``, or ``(d_in, d_out)`` where the statistic says so.
+        operands: W_k ``(d_out, d_in)``, or ``(d_in, d_out)`` where they are transposed.
         statistics: G_k, ``(d_in, d_in)``, flattened.
         values: `weight`, `alpha`, `ridge`.
 
@@ -54,7 +58,7 @@ def solve(operands: Operands, statistics: Sequence[Statistic], values: Values) -
         CandidateFailed: Σ w_k Ĝ_k is not positive definite (no tokens, or α = 1 and ridge = 0).
     """
     terms = [(k, share) for k, share in enumerate(shares(values)) if share > 0]
-    mean = sum(share * weight(operands, statistics, k) for k, share in terms)
+    mean = sum(share * weight(operands, k) for k, share in terms)
     assert isinstance(mean, Tensor)
     d = mean.shape[1]
     total = torch.zeros(d, d, dtype=torch.float64)
@@ -68,20 +72,20 @@ def solve(operands: Operands, statistics: Sequence[Statistic], values: Values) -
     for k, share in terms:
         matrix = gram(statistics[k], d, values["alpha"])
         matrix.diagonal().add_(ridge)
-        right.addmm_(weight(operands, statistics, k).sub_(mean), matrix, alpha=share)
+        right.addmm_(weight(operands, k).sub_(mean), matrix, alpha=share)
     factor, info = torch.linalg.cholesky_ex(total)
     if int(info):
         raise CandidateFailed(
             "the sum of the Gram matrices is not positive definite; give alpha below 1, a larger ridge or more data"
         )
     merged = mean.add_(torch.cholesky_solve(right.T, factor).T)
-    return (merged.T if statistics[0].transposed else merged).contiguous()
+    return (merged.T if operands.transposed else merged).contiguous()
 
 
-def weight(operands: Operands, statistics: Sequence[Statistic], k: int) -> Tensor:
+def weight(operands: Operands, k: int) -> Tensor:
     """Return W_k ``(d_out, d_in)`` in float64, freshly allocated."""
     whole = operands.whole(k).double()
-    return whole.T.contiguous() if statistics[0].transposed else whole
+    return whole.T.contiguous() if operands.transposed else whole
 
 
 def gram(statistic: Statistic, d: int, alpha: float) -> Tensor:

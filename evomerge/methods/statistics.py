@@ -24,12 +24,10 @@ class Statistic:
         values: flat: the diagonal Fisher information of each weight ``(n,)``, or the Gram matrix of a layer's
             inputs ``(d_in · d_in,)``. Only slices of it are read.
         unit: of a Fisher information: its root mean square over all weights of the model.
-        transposed: of a Gram matrix: the weight is stored as ``(d_in, d_out)``.
     """
 
     values: Tensor
     unit: float = 1.0
-    transposed: bool = False
 
     @classmethod
     def of(cls, values: Tensor) -> Statistic:

@@ -225,11 +225,14 @@ def executor_for(setup: Setup, config_file: Path | str) -> Executor:
 def _set_up(config: Config, file: Path | str, display: Display, *, budget: Budget | None = None) -> Setup:
     display.show(Status(state="starting", phase="reading models and tasks"))
     prepare(offline=not config.uses_hub)
+    from evomerge.methods.registry import get_method
     from evomerge.searching.plan import plan_search
-    from evomerge.searching.setup import set_up
+    from evomerge.searching.setup import provide_statistics, set_up
 
     setup = set_up(config, file=file)
     display.say(str(plan_search(setup, budget or config.budget)))
+    if get_method(config.space.method).needs:
+        provide_statistics(setup, display.say)
     return setup
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evomerge.config import Config, ModelRef
+from evomerge.data_config import TaskItems, TextFile
 from evomerge.environment import prepare
 from evomerge.evaluation.items import SPLITS, Block, Item, Split
 from evomerge.recipe import Recipe, Source
@@ -162,6 +163,49 @@ def pin_revisions(config: Config, checkpoints: Mapping[str, Checkpoint]) -> Conf
     return config.model_copy(update={"models": models})
 
 
+def without_tasks(config: Config) -> Config:
+    """Return the config with a file of no name in place of tasks whose items are data, for a first draft."""
+    data = config.space.data
+    if data is None or not data.tasks:
+        return config
+    data = data.changed(lambda item: TextFile(file="-") if isinstance(item, TaskItems) else item)
+    return config.model_copy(update={"space": config.space.model_copy(update={"data": data})})
+
+
+def with_texts(config: Config, suite: Suite) -> Config:
+    """Return the config with a file in place of each task whose search items are data, every file pinned.
+
+    Raises:
+        UserError: a task has no texts as references, or a file cannot be read.
+    """
+    data = config.space.data
+    if data is None:
+        return config
+    from evomerge.statistics.texts import keep_references
+
+    files = {name: keep_references(name, suite.references(name)) for name in data.tasks}
+    data = data.changed(lambda item: files[item.task] if isinstance(item, TaskItems) else item).pinned()
+    return config.model_copy(update={"space": config.space.model_copy(update={"data": data})})
+
+
+def provide_statistics(setup: Setup, say: Callable[[str], None]) -> None:
+    """Have the statistics ready that the search's method needs, so that no worker computes them.
+
+    Args:
+        setup: of the search.
+        say: shows a sentence.
+    """
+    from evomerge.statistics import provide
+    from evomerge.statistics.needed import in_lines
+
+    provide(
+        setup.baselines["initial"],
+        setup.checkpoints,
+        device=str(setup.config.engine.device),
+        report=in_lines(say),
+    )
+
+
 def set_up(config: Config, *, file: Path | str, weights: bool = True) -> Setup:
     """Open the models, build suite, space and blocks, and check that they fit each other.
 
@@ -193,11 +237,15 @@ def set_up(config: Config, *, file: Path | str, weights: bool = True) -> Setup:
     }
     if weights:
         warnings += _same_content(sources)
-    space = space_for(config, num_layers=base.num_layers, sources=sources, file=file)
+    space = space_for(without_tasks(config), num_layers=base.num_layers, sources=sources, file=file)
     initial = space.decode(space.initial)
     warnings += tuple(output_vocabulary(initial, checkpoints).warnings)
     tokenizer = output_tokenizer(initial, checkpoints)
     suite = Suite.build(config.suite, config.splits, tokenizer, file=str(file))
+    if config.space.data is not None:
+        config = with_texts(config, suite)
+        space = space_for(config, num_layers=base.num_layers, sources=sources, file=file)
+        initial = space.decode(space.initial)
     per_block, per_generation = block_sizes(
         search_items=len(suite.items("search")),
         tasks=len(suite.tasks),

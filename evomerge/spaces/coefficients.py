@@ -137,6 +137,7 @@ class CoefficientSpace:
             base="base" if self._uses_base else None,
             inputs=self._experts,
             dialect=self._config.space.dialect,
+            data=self._config.space.data,
             parameters=parameters,
             rules=(*patterned, *rules),
         )

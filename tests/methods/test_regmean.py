@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from evomerge.errors import CandidateFailed
-from evomerge.methods import Statistic
 from tests.methods import oracle
 from tests.methods.oracle import merge
 
@@ -107,7 +106,8 @@ def test_transposed_weights_give_the_transposed_result() -> None:
         "regmean",
         None,
         [w.T.contiguous() for w in weights],
-        statistics=[Statistic(gram(x).reshape(-1), transposed=True) for x in xs],
+        statistics=[gram(x) for x in xs],
+        transposed=True,
     )
     assert torch.equal(turned.T, plain)
 

@@ -1,0 +1,139 @@
+"""Gram matrices of the inputs of linear layers, collected while a decoder layer runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from evomerge.errors import CheckpointError
+
+
+@dataclass
+class LayerGrams:
+    """Sums of XᵀX over tokens for the linear layers inside one decoder layer.
+
+    Modules that are given the same input share one sum. The experts of a mixture, which transformers keeps
+    in one module, have sums over the tokens that are routed to them.
+
+    Attributes:
+        sums: ``(d_in, d_in)`` in float64, by the name of the first weight that it serves.
+        holders: the name under which a weight's sum is kept, by the weight's name.
+        tokens: number of tokens seen.
+    """
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    holders: dict[str, str] = field(default_factory=dict)
+    tokens: int = 0
+
+    def means(self) -> dict[str, Tensor]:
+        """Return the sums divided by the number of tokens, in float32."""
+        return {name: (total / self.tokens).float().cpu() for name, total in self.sums.items()}
+
+    def add(self, names: list[str], rows: Tensor) -> None:
+        """Add the Gram matrix of ``(tokens, d_in)`` rows to the sum that serves some weights."""
+        if not names or not len(rows):
+            return
+        holder = self.holders.setdefault(names[0], names[0])
+        for name in names[1:]:
+            self.holders.setdefault(name, holder)
+        total = self.sums.get(holder)
+        if total is None:
+            total = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
+            self.sums[holder] = total
+        total.add_(rows.T @ rows)
+
+
+@contextmanager
+def collecting(layer: nn.Module, tensors: Mapping[str, Tensor], grams: LayerGrams) -> Iterator[None]:
+    """Collect the Gram matrices of a decoder layer's linear layers while it is run.
+
+    Args:
+        layer: the decoder layer.
+        tensors: live weights by on-disk name, from `evomerge.merging.binding.bind`.
+        grams: where they go.
+    """
+    names = _Names(tensors)
+    seen: list[tuple[Tensor, list[str]]] = []
+    handles = []
+
+    def before_linear(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        rows = args[0] if args else kwargs["input"]
+        own = names.of(module.weight)  # type: ignore[arg-type]
+        first = next((served for x, served in seen if x is rows), None)
+        if first is not None:
+            for name in own:
+                grams.holders.setdefault(name, grams.holders[first[0]])
+        elif own:
+            seen.append((rows, own))
+            grams.add(own, rows.reshape(-1, rows.shape[-1]))
+
+    def before_experts(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = dict(zip(("hidden_states", "top_k_index"), args, strict=False)) | kwargs
+        rows, chosen = given["hidden_states"], given["top_k_index"]
+        experts = cast(Any, module)
+        for expert, (gate, down) in enumerate(zip(experts.gate_up_proj, experts.down_proj, strict=True)):
+            routed = rows[(chosen == expert).any(dim=-1)]
+            inner = nn.functional.linear(routed, gate)
+            grams.add(names.of(gate), routed)
+            grams.add(names.of(down), experts._apply_gate(inner))
+
+    def before_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        grams.tokens += hidden.shape[0] * hidden.shape[1]
+        seen.clear()
+
+    handles.append(layer.register_forward_pre_hook(before_layer, with_kwargs=True))
+    for module in layer.modules():
+        if isinstance(module, nn.Linear | Conv1D):
+            handles.append(module.register_forward_pre_hook(before_linear, with_kwargs=True))
+        elif _is_experts(module):
+            handles.append(module.register_forward_pre_hook(before_experts, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def check_finite(sums: Mapping[str, Tensor], place: str) -> None:
+    """Raise CheckpointError, naming `place`, if a matrix has NaN or infinite elements."""
+    for name, total in sums.items():
+        if not torch.isfinite(total).all():
+            raise CheckpointError(f"{place}: the inputs of '{name}' are not finite on these texts")
+
+
+def _is_experts(module: nn.Module) -> bool:
+    """Whether a module keeps gated experts in two stacked weights, ``(E, 2 d, d_in)`` and ``(E, d_out, d)``."""
+    gate, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
+    return (
+        isinstance(gate, nn.Parameter)
+        and isinstance(down, nn.Parameter)
+        and gate.dim() == down.dim() == 3
+        and gate.shape[1] == 2 * down.shape[2]
+        and gate.shape[2] == down.shape[1]
+        and not getattr(module, "is_transposed", False)
+        and hasattr(module, "_apply_gate")
+    )
+
+
+class _Names:
+    """The on-disk names of the tensors that lie in a piece of live storage."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._starts = {tensor.data_ptr(): name for name, tensor in tensors.items()}
+        self._tensors = tensors
+
+    def of(self, live: Tensor) -> list[str]:
+        """Return the names of the tensors that together fill a contiguous live tensor."""
+        names = []
+        position, end = live.data_ptr(), live.data_ptr() + live.numel() * live.element_size()
+        while position < end and (name := self._starts.get(position)) is not None:
+            names.append(name)
+            position += self._tensors[name].numel() * live.element_size()
+        return names
