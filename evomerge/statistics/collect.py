@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,7 +34,7 @@ from evomerge.statistics.files import (
     statistics_key,
 )
 from evomerge.statistics.fisher import add_squared_gradients, log_likelihood
-from evomerge.statistics.grams import LayerGrams, check_finite, collecting
+from evomerge.statistics.grams import LayerGrams, check_finite
 from evomerge.statistics.layers import NAME, LayeredModel, jobs_at, plan_of
 from evomerge.statistics.needed import Report, silent
 from evomerge.statistics.texts import Sequence as Tokens
@@ -88,8 +89,12 @@ def kept_statistics(
     checkpoint: Checkpoint, data: Data, name: str, kind: Needs, key: str, *, device: str, report: Report
 ) -> Statistics:
     """Compute one input's statistics and keep them in the cache folder."""
-    with StatisticsWriter(cached_folder(key)) as writer:
-        return writer.commit(_collect(checkpoint, data, name, kind, writer, device, report))
+    try:
+        with StatisticsWriter(cached_folder(key)) as writer:
+            return writer.commit(_collect(checkpoint, data, name, kind, writer, device, report))
+    finally:
+        # A live model is full of cycles; the next one needs its memory.
+        gc.collect()
 
 
 def _collect(
@@ -176,12 +181,12 @@ def _grams(
     states = [model.embed(sequence.ids) for sequence in sequences]
     holders: dict[str, str] = {}
     tokens = 0
-    for index, layer in enumerate(model.layers):
+    steps = len(model.layers) * len(states)
+    for index in range(len(model.layers)):
         grams = LayerGrams()
-        with collecting(layer, model.tensors, grams):
-            for i, hidden in enumerate(states):
-                report(f"Gram matrices of {name}", index * len(states) + i, len(model.layers) * len(states))
-                states[i] = model.step(index, hidden)
+        for i, left in enumerate(model.run(index, states, grams)):
+            report(f"Gram matrices of {name}", index * len(states) + i, steps)
+            states[i] = left
         check_finite(grams.sums, f"{checkpoint.path}")
         writer.write(grams.means())
         holders |= grams.holders
@@ -259,16 +264,15 @@ def merged_grams(
     }
     with ExitStack() as stack:
         writers = {name: stack.enter_context(StatisticsWriter(cached_folder(keys[name]))) for name in inputs}
-        for index, layer in enumerate(model.layers):
+        for index in range(len(model.layers)):
             report("layers of RegMean++", index, len(model.layers))
             jobs = jobs_at(plan, index)
             collected: dict[str, Source] = {}
             for name in inputs:
                 model.fill(plan, checkpoints, [_own(job, name) for job in jobs])
                 grams = LayerGrams()
-                with collecting(layer, model.tensors, grams):
-                    for hidden in states[name]:
-                        model.step(index, hidden)
+                for _ in model.run(index, states[name], grams):
+                    pass
                 check_finite(grams.sums, f"{checkpoints[name].path}")
                 grams = _renamed(grams, {job.name: job.source_in(name) for job in jobs})
                 means = grams.means()
@@ -277,7 +281,7 @@ def merged_grams(
                 about[name]["tensors"] |= grams.holders
                 about[name]["tokens"] = grams.tokens
             model.fill(plan, checkpoints, jobs, {**known, **collected})
-            states = {name: [model.step(index, hidden) for hidden in states[name]] for name in inputs}
+            states = {name: list(model.run(index, states[name])) for name in inputs}
         model.check(sequences[inputs[0]][0].ids, states[inputs[0]][0])
         report("layers of RegMean++", 1, 1)
         return {keys[name]: writers[name].commit(about[name]) for name in inputs}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -12,6 +14,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from evomerge.errors import CheckpointError
+
+BLOCK = 1024
+"""Rows of a Gram matrix that one thread computes at a time."""
 
 
 @dataclass
@@ -35,43 +40,78 @@ class LayerGrams:
         """Return the sums divided by the number of tokens, in float32."""
         return {name: (total / self.tokens).float().cpu() for name, total in self.sums.items()}
 
-    def add(self, names: list[str], rows: Tensor) -> None:
-        """Add the Gram matrix of ``(tokens, d_in)`` rows to the sum that serves some weights."""
-        if not names or not len(rows):
-            return
-        holder = self.holders.setdefault(names[0], names[0])
-        for name in names[1:]:
-            self.holders.setdefault(name, holder)
-        total = self.sums.get(holder)
-        if total is None:
-            total = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
-            self.sums[holder] = total
-        total.add_(rows.T @ rows)
+    def add(self, captured: Sequence[Captured], pool: Executor | None = None) -> None:
+        """Add the Gram matrices of what some sequences gave, in their order.
+
+        Blocks of rows are computed by the pool's threads; the bits do not depend on how many there are.
+        """
+        self.tokens += sum(one.tokens for one in captured)
+        rows: dict[str, list[Tensor]] = {}
+        for one in captured:
+            for names, x in one.inputs:
+                holder = self.holders.setdefault(names[0], names[0])
+                for name in names[1:]:
+                    self.holders.setdefault(name, holder)
+                rows.setdefault(holder, []).append(x)
+        for holder, parts in rows.items():
+            x = torch.cat(parts)
+            total = self.sums.get(holder)
+            if total is None:
+                total = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
+                self.sums[holder] = total
+            add_gram(total, x, pool)
+
+
+@torch.no_grad()
+def add_gram(total: Tensor, x: Tensor, pool: Executor | None) -> None:
+    """Add XᵀX of ``(tokens, d)`` to ``(d, d)``, block by block."""
+
+    def block(start: int) -> None:
+        with torch.no_grad():
+            total[start : start + BLOCK].add_(x[:, start : start + BLOCK].T @ x)
+
+    starts = range(0, len(total), BLOCK)
+    for _ in map(block, starts) if pool is None else pool.map(block, starts):
+        pass
+
+
+@dataclass
+class Captured:
+    """What one sequence gave the linear layers of a decoder layer.
+
+    Attributes:
+        inputs: pairs of the weights' names and their common input ``(tokens, d_in)``.
+        tokens: number of tokens.
+    """
+
+    inputs: list[tuple[list[str], Tensor]] = field(default_factory=list)
+    tokens: int = 0
 
 
 @contextmanager
-def collecting(layer: nn.Module, tensors: Mapping[str, Tensor], grams: LayerGrams) -> Iterator[None]:
-    """Collect the Gram matrices of a decoder layer's linear layers while it is run.
+def capturing(layer: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[Callable[[], Captured]]:
+    """Capture the inputs of a decoder layer's linear layers while it is run; any thread its own.
 
     Args:
         layer: the decoder layer.
         tensors: live weights by on-disk name, from `evomerge.merging.binding.bind`.
-        grams: where they go.
+
+    Yields:
+        A function that returns what the calling thread's last run of the layer gave.
     """
     names = _Names(tensors)
-    seen: list[tuple[Tensor, list[str]]] = []
-    handles = []
+    local = threading.local()
 
     def before_linear(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        rows = args[0] if args else kwargs["input"]
+        x = args[0] if args else kwargs["input"]
         own = names.of(module.weight)  # type: ignore[arg-type]
-        first = next((served for x, served in seen if x is rows), None)
-        if first is not None:
-            for name in own:
-                grams.holders.setdefault(name, grams.holders[first[0]])
+        shared = next((served for seen, served in local.seen if seen is x), None)
+        if shared is not None:
+            shared += own
         elif own:
-            seen.append((rows, own))
-            grams.add(own, rows.reshape(-1, rows.shape[-1]))
+            served = list(own)
+            local.seen.append((x, served))
+            local.captured.inputs.append((served, x.reshape(-1, x.shape[-1])))
 
     def before_experts(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = dict(zip(("hidden_states", "top_k_index"), args, strict=False)) | kwargs
@@ -79,23 +119,25 @@ def collecting(layer: nn.Module, tensors: Mapping[str, Tensor], grams: LayerGram
         experts = cast(Any, module)
         for expert, (gate, down) in enumerate(zip(experts.gate_up_proj, experts.down_proj, strict=True)):
             routed = rows[(chosen == expert).any(dim=-1)]
-            inner = nn.functional.linear(routed, gate)
-            grams.add(names.of(gate), routed)
-            grams.add(names.of(down), experts._apply_gate(inner))
+            if not len(routed):
+                continue
+            inner = experts._apply_gate(nn.functional.linear(routed, gate))
+            found = ((names.of(gate), routed), (names.of(down), inner))
+            local.captured.inputs += [(own, x) for own, x in found if own]
 
     def before_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
-        grams.tokens += hidden.shape[0] * hidden.shape[1]
-        seen.clear()
+        local.captured = Captured(tokens=hidden.shape[0] * hidden.shape[1])
+        local.seen = []
 
-    handles.append(layer.register_forward_pre_hook(before_layer, with_kwargs=True))
+    handles = [layer.register_forward_pre_hook(before_layer, with_kwargs=True)]
     for module in layer.modules():
         if isinstance(module, nn.Linear | Conv1D):
             handles.append(module.register_forward_pre_hook(before_linear, with_kwargs=True))
         elif _is_experts(module):
             handles.append(module.register_forward_pre_hook(before_experts, with_kwargs=True))
     try:
-        yield
+        yield lambda: cast(Captured, local.captured)
     finally:
         for handle in handles:
             handle.remove()

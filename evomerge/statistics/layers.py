@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -19,8 +21,12 @@ from evomerge.merging.plan import MergePlan, TensorJob, plan_merge
 from evomerge.merging.sinks import LiveSink
 from evomerge.recipe import Recipe
 from evomerge.statistics.files import Source
+from evomerge.statistics.grams import Captured, LayerGrams, capturing
 
 NAME = "model"
+
+BATCH = 8
+"""Sequences whose layer inputs are held, and added to the Gram matrices, together."""
 
 
 def plan_of(checkpoint: Checkpoint) -> MergePlan:
@@ -98,6 +104,33 @@ class LayeredModel:
             raise _unknown(self.model)
         return out.cpu()
 
+    def run(self, index: int, states: Sequence[Tensor], grams: LayerGrams | None = None) -> Iterator[Tensor]:
+        """Run one layer on all sequences' hidden states; yields those that leave it, in order.
+
+        On a CPU several sequences are run at a time, each by one thread; the bits do not depend on how many.
+
+        Args:
+            index: of the layer.
+            states: ``(1, T, d)`` each.
+            grams: takes the Gram matrices of the inputs of the layer's linear layers.
+        """
+        with ExitStack() as stack:
+            pool = stack.enter_context(_threads()) if self._device.type == "cpu" else None
+            captured = None
+            if grams is not None:
+                captured = stack.enter_context(capturing(self.layers[index], self.tensors))
+
+            def work(hidden: Tensor) -> tuple[Tensor, Captured | None]:
+                out = self.step(index, hidden)
+                return out, None if captured is None else captured()
+
+            for start in range(0, len(states), BATCH):
+                batch = states[start : start + BATCH]
+                done = list(map(work, batch) if pool is None else pool.map(work, batch))
+                if grams is not None:
+                    grams.add([given for _, given in done if given is not None], pool)
+                yield from (out for out, _ in done)
+
     @torch.no_grad()
     def check(self, ids: Tensor, hidden: Tensor) -> None:
         """Raise CheckpointError unless a whole forward pass gives what the steps have given.
@@ -120,6 +153,22 @@ def jobs_at(plan: MergePlan, layer: int | None) -> list[TensorJob]:
     """Return a plan's jobs for one layer; None: for all that is in no layer."""
     wanted = [job for job in plan.jobs if isinstance(parse(job.name).position, int) == (layer is not None)]
     return [job for job in wanted if layer is None or parse(job.name).position == layer]
+
+
+@contextmanager
+def _threads() -> Iterator[Executor]:
+    """Give a pool with a thread for each CPU, in which every operation keeps to its thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(_cpus()) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(before)
+
+
+def _cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from evomerge.checkpoints import open_checkpoint
 from evomerge.checkpoints.names import parse
-from evomerge.statistics import Statistics, collect_statistics
+from evomerge.statistics import Statistics, collect_statistics, grams, layers
 from tests.merging.helpers import read
 from tests.models import ARCHITECTURES, make_model
 from tests.statistics.helpers import encode, inputs_of, load, write_texts
@@ -108,3 +108,20 @@ def test_longer_texts_in_the_same_file_change_nothing_about_shorter_ones(tmp_pat
     )
     parts = [s.about["tokens"] * matrix(s, name) for s in (alone, other)]
     torch.testing.assert_close(both.about["tokens"] * matrix(both, name), sum(parts), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_the_bits_do_not_depend_on_the_number_of_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    folder = make_model(tmp_path / "model", seed=3, kind=kind, layers=2)
+    file = write_texts(tmp_path / "texts.jsonl", [f"text {i} " + i * "x" for i in range(20)])
+    monkeypatch.setattr(grams, "BLOCK", 24)
+    found = []
+    for count in (1, 5):
+        monkeypatch.setattr(layers, "_cpus", lambda count=count: count)
+        found.append(grams_of(folder, file, tmp_path / f"out{count}"))
+    one, five = found
+    assert one.about["tensors"] == five.about["tensors"]
+    for name in one.about["tensors"]:
+        assert torch.equal(matrix(one, name), matrix(five, name))
