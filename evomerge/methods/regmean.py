@@ -61,16 +61,16 @@ def solve(operands: Operands, statistics: Sequence[Statistic], values: Values) -
     mean = sum(share * weight(operands, k) for k, share in terms)
     assert isinstance(mean, Tensor)
     d = mean.shape[1]
-    total = torch.zeros(d, d, dtype=torch.float64)
+    total = torch.zeros(d, d, dtype=torch.float64, device=mean.device)
     for k, share in terms:
-        total.add_(gram(statistics[k], d, values["alpha"]), alpha=share)
+        total.add_(gram(statistics[k], d, values["alpha"], mean.device), alpha=share)
     ridge = values["ridge"] * float(total.diagonal().mean())
     total.diagonal().add_(ridge)
     if not math.isfinite(ridge) or ridge < 0:
         raise CandidateFailed("a Gram matrix has values that are not finite")
     right = torch.zeros_like(mean)
     for k, share in terms:
-        matrix = gram(statistics[k], d, values["alpha"])
+        matrix = gram(statistics[k], d, values["alpha"], mean.device)
         matrix.diagonal().add_(ridge)
         right.addmm_(weight(operands, k).sub_(mean), matrix, alpha=share)
     factor, info = torch.linalg.cholesky_ex(total)
@@ -88,11 +88,11 @@ def weight(operands: Operands, k: int) -> Tensor:
     return whole.T.contiguous() if operands.transposed else whole
 
 
-def gram(statistic: Statistic, d: int, alpha: float) -> Tensor:
+def gram(statistic: Statistic, d: int, alpha: float, device: torch.device | str = "cpu") -> Tensor:
     """Return α G + (1−α) diag(G) ``(d, d)`` in float64, freshly allocated."""
     if statistic.values.numel() != d * d:
         raise ValueError(f"a Gram matrix of {statistic.values.numel()} elements for {d} inputs of a layer")
-    matrix = statistic.values[0 : d * d].to(torch.float64, copy=True).reshape(d, d)
+    matrix = statistic.values[0 : d * d].to(device, torch.float64, copy=True).reshape(d, d)
     diagonal = matrix.diagonal().clone()
     matrix.mul_(alpha)
     matrix.diagonal().copy_(diagonal)

@@ -172,7 +172,8 @@ class _MovedRows:
         own = self._own[first:last]
         rows = torch.zeros(len(own), width, dtype=self.dtype)
         begin = 0
-        for end in [*(np.nonzero(np.diff(own) != 1)[0] + 1).tolist(), len(own)]:
+        breaks = np.nonzero((np.diff(own) != 1) | (own[:-1] < 0))[0] + 1
+        for end in [*breaks.tolist(), len(own)]:
             if begin < end and own[begin] >= 0:
                 held = self._values[int(own[begin]) * width : (int(own[begin]) + end - begin) * width]
                 rows[begin:end] = held.view(-1, width)

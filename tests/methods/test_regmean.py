@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from evomerge.errors import CandidateFailed
+from evomerge.methods import Statistic, regmean
 from tests.methods import oracle
 from tests.methods.oracle import merge
 
@@ -65,6 +66,11 @@ def test_the_golden_value() -> None:
     grams = [torch.tensor([1.0, 3.0]).diag(), torch.eye(2)]
     merged = merge("regmean", None, weights, statistics=grams, ridge=0.0)
     np.testing.assert_allclose(merged.numpy(), [[2, 2]], rtol=1e-6)
+
+
+def test_the_golden_value_of_alpha() -> None:
+    matrix = Statistic(torch.tensor([2.0, 1.0, 1.0, 2.0]))
+    assert regmean.gram(matrix, 2, 0.5).tolist() == [[2, 0.5], [0.5, 2]]
 
 
 def test_diagonal_grams_weigh_each_column_like_fisher() -> None:
