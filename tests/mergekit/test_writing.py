@@ -251,7 +251,7 @@ class TestPaper:
                 "karcher: mergekit weighs all models equally",
             ),
             (
-                {"method": "fisher", "inputs": ["a", "b"]},
+                {"method": "fisher", "inputs": ["a", "b"], "data": {"texts": __file__}},
                 "mergekit has no method 'fisher'",
             ),
         ],
