@@ -72,7 +72,28 @@ def _roles(entry: dict[str, Any]) -> str:
     return ", ".join([_BASE[entry["base"]], *differing])
 
 
-def _describe(entry: dict[str, Any]) -> str:
+def markdown_entry(name: str) -> str:
+    """Return what the registry says of a method, for docs/methods.md; ValueError for an unknown name."""
+    get_method(name)
+    (entry,) = (entry for entry in methods_table() if entry["name"] == name)
+    blocks = [entry["summary"], _capital("; ".join([*_facts(entry), f"source: {entry['paper']}"])) + "."]
+    if entry["differs"]:
+        blocks.append(f"Dialects: {entry['differs']}")
+    parameters = [
+        f"- `{parameter['name']}` ({', '.join(_parameter_facts(parameter, entry['dialects']))}): {parameter['doc']}"
+        for parameter in entry["parameters"]
+    ]
+    text = ["\n".join(_wrap(block, 0, 118)) for block in blocks]
+    return "\n\n".join(
+        [*text, "\n".join("\n".join(_wrap(line, 0, 118, hanging=2)) for line in parameters)]
+    ).rstrip()
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _facts(entry: dict[str, Any]) -> list[str]:
     least, most = entry["inputs"]["least"], entry["inputs"]["most"]
     inputs = (
         f"exactly {least}" if least == most else f"{least} or more" if most is None else f"{least} to {most}"
@@ -80,9 +101,13 @@ def _describe(entry: dict[str, Any]) -> str:
     facts = [f"inputs: {inputs}", _roles(entry), f"dialects: {', '.join(entry['dialects'])}"]
     if entry["random"]:
         facts.append("draws masks from the seed")
-    lines = [entry["name"], *_wrap(entry["summary"], 2), *_wrap("; ".join(facts), 2)]
     if entry["needs"]:
-        lines += _wrap(f"needs data: {_NEEDS[entry['needs']]}", 2)
+        facts.append(f"needs data: {_NEEDS[entry['needs']]}")
+    return facts
+
+
+def _describe(entry: dict[str, Any]) -> str:
+    lines = [entry["name"], *_wrap(entry["summary"], 2), *_wrap("; ".join(_facts(entry)), 2)]
     if entry["differs"]:
         lines += _wrap(f"dialects differ: {entry['differs']}", 2)
     lines += _wrap(f"source: {entry['paper']}", 2)
@@ -91,13 +116,18 @@ def _describe(entry: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _wrap(text: str, indent: int) -> list[str]:
+def _wrap(text: str, indent: int, width: int = 100, hanging: int | None = None) -> list[str]:
+    further = (indent + 2 if indent else 0) if hanging is None else hanging
     return textwrap.wrap(
-        text, 100, initial_indent=" " * indent, subsequent_indent=" " * (indent + 2), break_on_hyphens=False
+        text, width, initial_indent=" " * indent, subsequent_indent=" " * further, break_on_hyphens=False
     )
 
 
 def _parameter(parameter: dict[str, Any], dialects: list[str]) -> str:
+    return f"{parameter['name']} ({', '.join(_parameter_facts(parameter, dialects))}): {parameter['doc']}"
+
+
+def _parameter_facts(parameter: dict[str, Any], dialects: list[str]) -> list[str]:
     facts = ["one per expert" if parameter["scope"] == "expert" else "one for all"]
     if parameter["dialects"] != dialects:
         facts.append(f"{' and '.join(parameter['dialects'])} only")
@@ -111,7 +141,7 @@ def _parameter(parameter: dict[str, Any], dialects: list[str]) -> str:
         low = "-inf" if parameter["low"] is None else f"{parameter['low']:g}"
         high = "inf" if parameter["high"] is None else f"{parameter['high']:g}"
         facts.append(f"in [{low}, {high}]")
-    return f"{parameter['name']} ({', '.join(facts)}): {parameter['doc']}"
+    return facts
 
 
 def _word(value: object) -> str:

@@ -29,7 +29,7 @@ PAPER = "Marczak et al. 2025, No task left behind: isotropic model merging, arXi
 
 
 def iso_c(deltas: TaskMatrices, values: Values) -> Rows:
-    """M = Σ w_k τ_k = U S Vᵀ becomes σ̄ U Vᵀ, with σ̄ the mean of S (§3).
+    """M = Σ w_k τ_k = U S Vᵀ becomes σ̄ U Vᵀ, with σ̄ the mean of S (§4).
 
     U Vᵀ = M V S⁻¹ Vᵀ. The triplets are those of M's numerical rank: the authors' code takes min(m, n) of
     them, where the vectors of singular values that are 0 are whatever the decomposition returns.

@@ -20,7 +20,7 @@ from evomerge.methods.task_arithmetic import LAMBDA
 
 
 def knots(deltas: TaskMatrices, values: Values) -> Rows:
-    """[τ_1 | … | τ_K] = U S [V_1ᵀ | … | V_Kᵀ] (eq. 4), τ_k ``(out, in)``; the P_k = S V_kᵀ are merged, τ = U P.
+    """[τ_1 | … | τ_K] = U S [V_1ᵀ | … | V_Kᵀ], τ_k ``(out, in)``; the P_k = S V_kᵀ are merged, τ = U P.
 
     `inner` names the elementwise method for the P_k; task_arithmetic on them is task_arithmetic on the τ_k.
     All of the numerical rank is kept. Where no two singular values are equal the result does not depend on

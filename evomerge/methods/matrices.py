@@ -39,7 +39,7 @@ PARALLEL = 1e-5
 T = TypeVar("T")
 
 _EPSILON = torch.finfo(torch.float64).eps
-_PROBE = 512
+_SKETCHES = (8, 32, 128, 512)
 _SEED = 0
 
 
@@ -62,6 +62,7 @@ class TaskMatrices:
         shape: ``(m, n)`` of the A_k.
         outputs: whether the n columns are the layer's outputs, not its inputs.
         norms: ‖A_k‖_F.
+        height: rows of a block; the last may have fewer.
         noise: singular values up to this one may be nothing but the rounding of the checkpoints.
         basis: R, or None.
     """
@@ -75,7 +76,7 @@ class TaskMatrices:
         self.shape = (columns, rows) if turned else (rows, columns)
         self.outputs = turned != operands.transposed
         self.basis: Tensor | None = None
-        self._height = max(1, BLOCK // self.shape[1])
+        self.height = max(1, BLOCK // self.shape[1])
         self._whole: list[Tensor] | None = None
         if turned:
             self._whole = [operands.whole(k).sub_(operands.whole_base()).T for k in self.experts]
@@ -119,12 +120,12 @@ class TaskMatrices:
 
     def blocks(self) -> Iterator[list[Tensor]]:
         """Yield the rows of every A_k (or A_k R), float64, one block after another."""
-        for start in range(0, self.shape[0], self._height):
+        for start in range(0, self.shape[0], self.height):
             yield self.rows(start)
 
     def rows(self, start: int) -> list[Tensor]:
         """Return the block that begins at row `start`."""
-        stop = min(start + self._height, self.shape[0])
+        stop = min(start + self.height, self.shape[0])
         if self._whole is not None:
             block = [a[start:stop].double() for a in self._whole]
         else:
@@ -151,16 +152,21 @@ class TaskMatrices:
     def compress(self) -> None:
         """Find the basis R, if the rows of all A_k span at most a quarter of the n dimensions (and 512).
 
-        A random sketch of the span (Halko, Martinsson & Tropp 2011, arXiv 0909.4061, algorithm 4.1), accepted
-        only if what lies outside of it is rounding noise.
+        A random sketch of the span (Halko, Martinsson & Tropp 2011, arXiv 0909.4061, algorithm 4.1), first a
+        small one, accepted only if what lies outside of it is rounding noise.
         """
         self.basis = self.cached("row space", self._row_space)
 
     def _row_space(self) -> Tensor | None:
+        found = None
+        for length in _SKETCHES:
+            if found is None and length <= self.shape[1] // 4 and any(self.norms):
+                found = self._row_space_within(length)
+        return found
+
+    def _row_space_within(self, length: int) -> Tensor | None:
+        """Return an orthonormal basis of the rows' span if it has fewer than `length` dimensions."""
         m, n = self.shape
-        length = min(n // 4, _PROBE)
-        if length < 8 or not any(self.norms):
-            return None
         generator = torch.Generator().manual_seed(_SEED)
         sketch: Tensor | None = None
         for block in self.blocks():
@@ -193,7 +199,8 @@ class TaskMatrices:
         Args:
             products: AᵀA ``(n, n)`` of the matrix A.
             most: no more than so many; by default all of the numerical rank.
-            noise: singular values up to this one do not count; by default `noise` of the A_k.
+            height: rows of a block; the last may have fewer.
+        noise: singular values up to this one do not count; by default `noise` of the A_k.
             size: of what A is the remainder of, in the same norm.
         """
         squares, vectors = torch.linalg.eigh(products)
@@ -298,42 +305,40 @@ class MatrixMerge:
 
 
 class _Merged:
-    """The merged task vector f, flat: computed block by block when it is read, or at once where A_k is turned.
+    """The merged task vector f, flat: computed block by block when it is read, and the last block kept.
 
-    The block that was read last is kept. May be read by several threads.
+    Where A_k is turned, a block of its rows lies across the tensor: there all are computed at once, and the
+    A_k are let go.
     """
 
     def __init__(self, deltas: TaskMatrices, rows: Rows, scale: float) -> None:
         self.scale = scale
-        self._deltas = deltas
-        self._rows = rows
-        self._last: tuple[int, Tensor] = (-1, torch.empty(0))
+        self._operands, self._last = deltas.operands, (-1, torch.empty(0))
+        self._block: Callable[[int], Tensor]
         if deltas.turned:
             whole = torch.empty(
-                deltas.operands.shape, dtype=deltas.operands.dtype, device=deltas.operands.device
+                self._operands.shape, dtype=self._operands.dtype, device=self._operands.device
             )
-            for start in range(0, deltas.shape[0], deltas._height):
-                block = self._rows(deltas.rows(start), start)
+            for start in range(0, deltas.shape[0], deltas.height):
+                block = rows(deltas.rows(start), start)
                 whole[:, start : start + len(block)].copy_(block.T)
-            self._last = (0, whole.reshape(-1))
-        self._length = deltas.operands.size if deltas.turned else deltas._height * deltas.shape[1]
+            self._length, self._block = whole.numel(), lambda first: whole
+        else:
+            width = deltas.shape[1]
+            self._length = deltas.height * width
+            self._block = lambda first: rows(deltas.rows(first // width), first // width)
 
     def read(self, start: int, stop: int, out: Tensor) -> None:
         """Write the elements ``start:stop`` to `out`."""
         for index in range(start // self._length, -(-stop // self._length)):
             first = index * self._length
+            last, block = self._last
+            if last != index:
+                with _one_thread():
+                    block = self._block(first).to(self._operands.dtype).reshape(-1)
+                self._last = (index, block)
             begin, end = max(start, first), min(stop, first + self._length)
-            out[begin - start : end - start].copy_(self._block(index)[begin - first : end - first])
-
-    def _block(self, index: int) -> Tensor:
-        last, block = self._last
-        if last != index:
-            first = index * self._deltas._height
-            with _one_thread():
-                merged = self._rows(self._deltas.rows(first), first)
-            block = merged.to(self._deltas.operands.dtype).reshape(-1)
-            self._last = (index, block)
-        return block
+            out[begin - start : end - start].copy_(block[begin - first : end - first])
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from evomerge.methods.task_arithmetic import LAMBDA
 
 
 def tsv_m(deltas: TaskMatrices, values: Values) -> Rows:
-    """Algorithm 1: τ = U⊥ diag(w_k S_k) V⊥ᵀ from the first r singular triplets of every τ_k.
+    """TSV-Merge: τ = U⊥ diag(w_k S_k) V⊥ᵀ from the first r singular triplets of every τ_k.
 
     r = ⌊rank · min(m, n) / K⌋, at least 1 and at most the numerical rank of τ_k. U⊥ is the polar factor of
     U = [U_1 … U_K], V⊥ that of V, each on its numerical range: directions that experts share are kept once,
