@@ -76,17 +76,18 @@ def markdown_entry(name: str) -> str:
     """Return what the registry says of a method, for docs/methods.md; ValueError for an unknown name."""
     get_method(name)
     (entry,) = (entry for entry in methods_table() if entry["name"] == name)
-    blocks = [entry["summary"], _capital("; ".join([*_facts(entry), f"source: {entry['paper']}"])) + "."]
+    facts = _facts(entry)
+    if entry["needs"]:
+        facts.append(f"needs data: {_NEEDS[entry['needs']]}")
+    blocks = [entry["summary"], _capital("; ".join([*facts, f"source: {entry['paper']}"])) + "."]
     if entry["differs"]:
         blocks.append(f"Dialects: {entry['differs']}")
-    parameters = [
+    items = [
         f"- `{parameter['name']}` ({', '.join(_parameter_facts(parameter, entry['dialects']))}): {parameter['doc']}"
         for parameter in entry["parameters"]
     ]
-    text = ["\n".join(_wrap(block, 0, 118)) for block in blocks]
-    return "\n\n".join(
-        [*text, "\n".join("\n".join(_wrap(line, 0, 118, hanging=2)) for line in parameters)]
-    ).rstrip()
+    lines = ["\n".join(_wrap(item, 0, 118, hanging=2)) for item in items]
+    return "\n\n".join([*("\n".join(_wrap(block, 0, 118)) for block in blocks), "\n".join(lines)]).rstrip()
 
 
 def _capital(text: str) -> str:
@@ -101,13 +102,13 @@ def _facts(entry: dict[str, Any]) -> list[str]:
     facts = [f"inputs: {inputs}", _roles(entry), f"dialects: {', '.join(entry['dialects'])}"]
     if entry["random"]:
         facts.append("draws masks from the seed")
-    if entry["needs"]:
-        facts.append(f"needs data: {_NEEDS[entry['needs']]}")
     return facts
 
 
 def _describe(entry: dict[str, Any]) -> str:
     lines = [entry["name"], *_wrap(entry["summary"], 2), *_wrap("; ".join(_facts(entry)), 2)]
+    if entry["needs"]:
+        lines += _wrap(f"needs data: {_NEEDS[entry['needs']]}", 2)
     if entry["differs"]:
         lines += _wrap(f"dialects differ: {entry['differs']}", 2)
     lines += _wrap(f"source: {entry['paper']}", 2)
