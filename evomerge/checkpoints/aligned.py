@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -48,6 +49,17 @@ class Alignment:
     own: Rows
     fill: Fill
     tokens: int
+
+    @cached_property
+    def _breaks(self) -> Rows:
+        """The number of rows, up to each one, that do not follow the row before."""
+        return np.cumsum(np.concatenate([[0], (np.diff(self.own) != 1) | (self.own[1:] < 0)]))
+
+    def follows(self, first: int, stop: int) -> bool:
+        """Whether the rows ``first:stop`` are the checkpoint's own, one after the other."""
+        return bool(
+            stop <= self.tokens and self.own[first] >= 0 and self._breaks[first] == self._breaks[stop - 1]
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,11 +106,15 @@ class AlignedCheckpoint(Checkpoint):
         if name not in self.alignments:
             return self.parent.read_into(self.sources[name], start, out)
         self._check_reading(name, start, out)
-        info = self.tensors[name]
+        info, alignment = self.tensors[name], self.alignments[name]
         if not out.numel():
             return out
         width = info.numel // info.shape[0]
         first, last = start // width, -(-(start + out.numel()) // width)
+        source = self.sources[name]
+        if alignment.follows(first, last) and self.parent.read_dtype(source) == out.dtype:
+            moved = int(alignment.own[first] - first) * width
+            return self.parent.read_into(source, start + moved, out)
         if out.numel() == (last - first) * width:
             self._read_rows(name, first, out.view(-1, width))
         else:

@@ -344,7 +344,7 @@ def _without_tied_head(checkpoint: Checkpoint) -> Checkpoint:
 
 def _equal_ends(checkpoint: Checkpoint) -> bool:
     head, embedding = output_head(checkpoint.tensors), input_embedding(checkpoint.tensors)
-    if head is None or embedding is None:
+    if head is None or embedding is None or not (checkpoint.mapped(head) and checkpoint.mapped(embedding)):
         return False
     ours, theirs = checkpoint.tensors[head], checkpoint.tensors[embedding]
     same = (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 import tempfile
@@ -92,12 +91,16 @@ class UnionTokenizer:
         data["added_tokens"] = sorted(
             ({**entry, "id": ids[token]} for token, entry in added.items()), key=lambda entry: entry["id"]
         )
-        if words or _loaded(data) != ids:
-            # Ids of added tokens follow from the vocabulary's size unless they stand in the vocabulary.
+        # Ids of added tokens follow from the vocabulary's size unless they stand in the vocabulary.
+        if words:
             _extend(data["model"], ids, words, merges)
-        if _loaded(data) != ids:
-            raise ValueError("the ids of the joined tokens do not come out right")
-        return _Built(ids, data)
+        loaded = _loaded(data)
+        if loaded != ids and not words:
+            _extend(data["model"], ids, words, merges)
+            loaded = _loaded(data)
+        if loaded == ids:
+            return _Built(ids, data)
+        raise ValueError("the ids of the joined tokens do not come out right")
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +112,7 @@ class _Built:
 def _fast(folder: Path) -> dict[str, Any]:
     """Return the content of ``tokenizer.json``; a tokenizer in another format is converted."""
     if (folder / "tokenizer.json").is_file():
-        return copy.deepcopy(read_json(folder / "tokenizer.json"))
+        return read_json(folder / "tokenizer.json")
     with tempfile.TemporaryDirectory() as place:
         load_tokenizer(folder).save_pretrained(place)
         if not (Path(place) / "tokenizer.json").is_file():
@@ -160,10 +163,13 @@ def _extend(
                 if i != len(vocab):
                     raise ValueError(f"id {len(vocab)} of the vocabulary belongs to no token")
                 vocab.append([token, max(least, words.get(token, least))])
-    if merges:
-        own = model.setdefault("merges", [])
-        as_text = bool(own) and isinstance(own[0], str)
-        own += [" ".join(merge) for merge in merges] if as_text else merges
+    if not merges:
+        return
+    own: list[Any] = model.setdefault("merges", [])
+    if own and isinstance(own[0], str):
+        own += [" ".join(merge) for merge in merges]
+    else:
+        own += merges
 
 
 def _loaded(data: Mapping[str, Any]) -> dict[str, int]:

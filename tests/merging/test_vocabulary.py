@@ -170,6 +170,19 @@ def test_what_is_left_out_is_told(world):
     )
 
 
+def test_a_base_without_tokenizer_is_read_with_an_experts(world, tmp_path):
+    ids = {name: world.ids[name] for name in ("base", "b")}
+    models = {"a": world.models["a"], "b": world.models["b"]}
+    models["base"] = write_model(tmp_path / "base", ids["base"], 7, rows=world.rows["a"])
+    out = merge(make_recipe(models, merge=ARITHMETIC), tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(out).get_vocab() == world.ids["a"]
+    merged, base = read64(out)[EMBEDDING], read64(models["base"])[EMBEDDING]
+    parents = stored(world, EMBEDDING)
+    i, j = world.ids["a"]["t"], world.ids["b"]["t"]
+    expected = base[i] + 0.5 * (parents["a"][i] - base[i]) + 0.75 * (parents["b"][j] - base[i])
+    torch.testing.assert_close(merged[i], expected, rtol=1e-5, atol=1e-6)
+
+
 class TestMistakes:
     def test_no_tokenizer_and_another_number_of_rows(self, world, tmp_path):
         shutil.copytree(world.models["b"], tmp_path / "b")
