@@ -250,6 +250,10 @@ Paths are relative to the recipe file. 'evomerge methods' lists methods and para
 a list of values over depth, or entries for tensors whose name contains a text:
   weight: {maths: [0.2, 0.8], code: [{filter: self_attn, value: 0.3}, {value: 0.6}]}
 
+Models may have other tokens than each other: rows of embedding and head belong together by token. What the
+output has says tokenizer: base, union (the base's tokens, then what the experts have besides), a model's name
+or a folder; chat_template: a model's name, auto, chatml, llama3, mistral, alpaca, exaone or a *.jinja file.
+
 A mergekit YAML is merged as mergekit would, in float32; what differs is said on stderr.
 """
 _EXTRACT_HELP = """\

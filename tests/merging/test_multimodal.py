@@ -18,6 +18,7 @@ from evomerge.extraction import extract_lora
 from evomerge.merging import Materializer, merge, open_parents, plan_merge
 from evomerge.merging.binding import bind
 from tests.merging.helpers import digests, make_recipe, read, rewrite
+from tests.merging.speakers import write_tokenizer
 from tests.models import VOCAB, make_model
 
 IDS = torch.randint(3, VOCAB - 3, (2, 9), generator=torch.Generator().manual_seed(1))
@@ -249,3 +250,24 @@ def test_an_adapter_extracted_from_a_multimodal_model_is_that_of_its_language_mo
             assert torch.allclose(adapted.tensor(name), tuned.tensor(name), atol=1e-5), name
         else:
             assert torch.equal(adapted.tensor(name), open_checkpoint(models["base"]).tensor(name))
+
+
+def test_a_multimodal_model_gets_the_rows_of_a_union(models, tmp_path):
+    expert = AutoModelForImageTextToText.from_pretrained(models["wrapper a"])
+    expert.resize_token_embeddings(VOCAB + 5, mean_resizing=False)
+    expert.save_pretrained(tmp_path / "expert")
+    parents = {"base": shutil.copytree(models["text base"], tmp_path / "base"), "a": tmp_path / "expert"}
+    wrapper = {**parents, "base": shutil.copytree(models["base"], tmp_path / "wrapper")}
+    ids = {name: write_tokenizer(path) for name, path in wrapper.items()}
+    write_tokenizer(parents["base"])
+    ids["a"] = write_tokenizer(tmp_path / "expert", (), ["<new>"])
+    merged = {"method": "linear", "base": "base", "inputs": ["base", "a"], "parameters": {"weight": 0.5}}
+    for kind, folders in ((AutoModelForImageTextToText, wrapper), (AutoModelForCausalLM, parents)):
+        recipe = make_recipe(folders, merge=merged, output={"tokenizer": "union"})
+        out = merge(recipe, tmp_path / kind.__name__)
+        rows = kind.from_pretrained(out).get_input_embeddings().weight
+        assert len(rows) == VOCAB + 1
+        theirs = expert.get_input_embeddings().weight
+        assert torch.equal(rows[-1], theirs[ids["a"]["<new>"]])
+        own = language(folders["base"])["model.embed_tokens.weight"]
+        torch.testing.assert_close(rows[:VOCAB], (own + theirs[:VOCAB]) / 2, rtol=1e-6, atol=1e-6)
