@@ -154,7 +154,7 @@ class OutputVocabulary:
         self._union = self._joined() if source.union and not self._is_uniform() else None
         self.rows = self._sizes[source.owner] if source.owner else 0
         self._filled = self.rows
-        self._uniform = not (source.multiple or self._rules) and self._is_uniform()
+        self._uniform = not (source.multiple or self._rules) and self._is_uniform() and not self._is_padded()
         if not self._uniform:
             self._compare()
 
@@ -195,7 +195,9 @@ class OutputVocabulary:
         key = (voters, head)
         if key not in self._views:
             read = {name: self.models[name] for name in voters.readers}
-            moved = not self._uniform and any(not self._is_identity(name) for name in read)
+            moved = bool(self._rules) or (
+                not self._uniform and any(not self._is_identity(name) for name in read)
+            )
             tied = head is not None and any(model.tied for model in read.values())
             if moved:
                 self._views[key] = self._aligned(voters, head)
@@ -222,17 +224,24 @@ class OutputVocabulary:
         own = [self.source.folder] if self.has_tokenizer else []
         return len({vocabulary_digest(path) for path in [*having, *own]}) <= 1
 
+    def _is_padded(self) -> bool:
+        """Whether models with one tokenizer have further rows, in which only the owner's count."""
+        # Other formats are read with transformers, which a plain merge does without.
+        if not (self.source.folder / "tokenizer.json").is_file():
+            return False
+        return len({i for i in self.ids.values() if i < self.rows}) < self.rows
+
     def _compare(self) -> None:
         """Find the row of each output token in each model."""
         reference, sizes, owner = self._reference(), self._sizes, self.source.owner
         ids = self.ids
-        theirs = {
-            name: read_vocabulary((reference if name in self._lacking else model).path).ids
-            for name, model in self.models.items()
-        }
-        held = [
-            i for token, i in ids.items() if any(theirs[n].get(token, sizes[n]) < sizes[n] for n in theirs)
-        ]
+        digest = vocabulary_digest(self.source.folder) if self._union is None else None
+        theirs: dict[str, Mapping[str, int]] = {}
+        for name, model in self.models.items():
+            path = (reference if name in self._lacking else model).path
+            theirs[name] = ids if vocabulary_digest(path) == digest else read_vocabulary(path).ids
+        kinds = {(id(own), sizes[name]): own for name, own in theirs.items()}.items()
+        held = [i for token, i in ids.items() if any(own.get(token, size) < size for (_, size), own in kinds)]
         tokens = 1 + max(held if owner else ids.values(), default=-1)
         owned = sizes[owner] if owner else 0
         if self.source.multiple:
@@ -280,6 +289,8 @@ class OutputVocabulary:
         return self.models[reference]
 
     def _tell(self, name: str, ids: Mapping[str, int], own: Mapping[str, int], size: int) -> None:
+        if own is ids:
+            return
         further = [token for token, i in own.items() if i < size and token not in ids]
         shared = sum(token in ids for token in own)
         place = self.models[name].path
@@ -408,6 +419,12 @@ def _rows(checkpoint: Checkpoint) -> int:
 
 
 def _row_map(ids: Mapping[str, int], own: Mapping[str, int], rows: int, size: int) -> Rows:
+    if own is ids:
+        known = np.fromiter(ids.values(), dtype=np.int64, count=len(ids))
+        known = known[known < min(rows, size)]
+        found = np.full(rows, -1, dtype=np.int64)
+        found[known] = known
+        return found
     found = np.full(rows, -1, dtype=np.int64)
     for token, i in ids.items():
         row = own.get(token, size)

@@ -213,6 +213,15 @@ class TestTokenRules:
         expected = base + 0.5 * (world.row(parents, "a", "<|im_end|>") - base)
         torch.testing.assert_close(merged[vocab["<|im_end|>"]], expected, rtol=1e-5, atol=1e-6)
 
+    def test_models_with_one_tokenizer_follow_them_too(self, family, tmp_path):
+        rules = {"A": {"source": {"kind": "zero"}, "force": True}}
+        output = {"tokenizer": {"source": "base", "tokens": rules}}
+        out = merge(
+            make_recipe(family, merge={**MEAN, "inputs": ["a", "b"]}, output=output), tmp_path / "out"
+        )
+        row = AutoTokenizer.from_pretrained(out).get_vocab()["A"]
+        assert [i for i, r in enumerate(read(out)[EMBEDDING]) if not r.any()] == [row]
+
     @pytest.mark.parametrize(
         ("rules", "message"),
         [

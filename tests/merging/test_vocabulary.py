@@ -147,14 +147,23 @@ def test_the_ends_of_a_path_are_read_through_the_outputs_tokenizer(world, tmp_pa
         assert torch.equal(out[HEAD][i], base[HEAD][i] if own is None else a[HEAD][own])
 
 
-def test_equal_tokenizers_are_not_even_read(family, monkeypatch):
-    from evomerge.merging import vocabulary
-
-    monkeypatch.setattr(vocabulary, "read_vocabulary", None)
+def test_models_with_one_tokenizer_are_read_as_they_are(family):
     recipe = make_recipe(family, merge={**MEAN, "inputs": ["a", "b"]})
     plan = plan_merge(recipe, open_parents(recipe))
     assert not plan.views
     assert all(job.view == "" for job in plan.jobs)
+
+
+def test_padding_of_models_with_one_tokenizer_is_the_bases(tmp_path):
+    models = {}
+    for seed, name in enumerate(("base", "a", "b")):
+        ids = write_tokenizer(tmp_path / name)
+        models[name] = write_model(tmp_path / name, ids, seed, rows=272)
+    merged = read(merge(make_recipe(models, merge=ARITHMETIC), tmp_path / "out"))[EMBEDDING]
+    base, a, b = (read64(models[name])[EMBEDDING] for name in ("base", "a", "b"))
+    assert torch.equal(merged[len(ids) :].double(), base[len(ids) :])
+    expected = (base + 0.5 * (a - base) + 0.75 * (b - base))[: len(ids)]
+    torch.testing.assert_close(merged[: len(ids)].double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_what_is_left_out_is_told(world):
