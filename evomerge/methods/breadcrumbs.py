@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from evomerge.methods.kernels import DeltaCombination, Sparse, Values
+from evomerge.methods.native import Band
 from evomerge.methods.norms import RESCALE, rescaled
 from evomerge.methods.operands import Operands
 from evomerge.methods.reductions import kth_magnitude
@@ -80,7 +81,8 @@ def crumbs(operands: Operands, values: Values) -> Sparse:
             magnitude = delta.abs()
             delta.mul_(((magnitude >= low) & (magnitude <= high)).to(delta.dtype))
 
-    return Sparse(tuple(float(low <= high) for low, high in bounds), keep)
+    scales = tuple(float(low <= high) for low, high in bounds)
+    return Sparse(scales, keep, tuple(Band(low, high) for low, high in bounds))
 
 
 def crumbs_by_row(operands: Operands, values: Values) -> Sparse:

@@ -15,8 +15,10 @@ import numpy.typing as npt
 from torch import Tensor
 
 from evomerge.errors import CandidateFailed
+from evomerge.methods import native
 from evomerge.methods.dare import DENSITY, hashes
 from evomerge.methods.kernels import DeltaCombination, Sparse, Values
+from evomerge.methods.native.loader import library
 from evomerge.methods.norms import RESCALE, rescaled
 from evomerge.methods.operands import Operands
 from evomerge.methods.registry import MergeMethod, Parameter, register
@@ -54,11 +56,15 @@ def places(magnitudes: npt.NDArray[Any]) -> Floats:
     """Return each entry's place in the ascending order of its row, from 0 to 1; equal ones share the average.
 
     Args:
-        magnitudes: ``(rows, d)``. A row of length 1 has its entry at ½.
+        magnitudes: ``(rows, d)``, contiguous. A row of length 1 has its entry at ½.
     """
     rows, d = magnitudes.shape
     if d == 1:
         return np.full((rows, 1), 0.5)
+    found = np.empty((rows, d))
+    if magnitudes.dtype == np.float32 and library() is not None:
+        native.places(magnitudes, found)
+        return found
     order = np.argsort(magnitudes, axis=1)
     ordered = np.take_along_axis(magnitudes, order, axis=1)
     begins = ordered[:, 1:] != ordered[:, :-1]
@@ -67,7 +73,6 @@ def places(magnitudes: npt.NDArray[Any]) -> Floats:
     last[:, :-1] = np.where(begins, np.arange(d - 1), d - 1)
     np.maximum.accumulate(first, axis=1, out=first)
     last = np.minimum.accumulate(last[:, ::-1], axis=1)[:, ::-1]
-    found = np.empty((rows, d))
     np.put_along_axis(found, order, (first + last) / (2 * (d - 1)), axis=1)
     return found
 

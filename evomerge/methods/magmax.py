@@ -5,42 +5,20 @@ Marczak et al. 2024, MagMax: leveraging model merging for seamless continual lea
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import replace
 
-import torch
-from torch import Tensor
-
-from evomerge.methods.kernels import Values
-from evomerge.methods.operands import Chunk, Operands
+from evomerge.methods.kernels import Values, dense
 from evomerge.methods.registry import MergeMethod, Parameter, register
 from evomerge.methods.task_arithmetic import LAMBDA
-from evomerge.methods.ties import lead
+from evomerge.methods.ties import DisjointMerge, Rule
 
 
-class Plan(NamedTuple):
-    """The inputs that take part with their weights, and λ."""
+def rule(values: Values) -> Rule:
+    """θ = θ_0 + λ q_m per element, with q_k = w_k τ_k and m = argmax_k |q_k| (of equal ones the first input).
 
-    terms: list[tuple[int, float]]
-    scale: float
-
-
-@dataclass(frozen=True)
-class LargestDelta:
-    """θ = θ_0 + λ q_m per element, with q_k = w_k τ_k and m = argmax_k |q_k| (of equal ones the first input)."""
-
-    def prepare(self, operands: Operands, values: Values) -> Plan:
-        scale: float = values["lambda"]
-        return Plan([(k, w) for k, w in enumerate(values["weight"]) if w != 0 and scale != 0], scale)
-
-    def apply(self, plan: Plan, chunk: Chunk, out: Tensor) -> None:
-        if not plan.terms:
-            out.copy_(chunk.base())
-            return
-        rows: dict[str, Tensor] = {}
-        for k, weight in plan.terms:
-            lead(chunk.delta(k).mul_(weight), rows, chunk)
-        torch.mul(rows["lead"], plan.scale, out=out).add_(chunk.base())
+    The largest entry elects the sign, and is the largest of those that have it.
+    """
+    return Rule(elect="max", merge="max", tie="majority")
 
 
 register(
@@ -56,6 +34,6 @@ register(
             ),
             replace(LAMBDA, default=0.5),
         ),
-        kernels={"paper": LargestDelta()},
+        kernels={"paper": DisjointMerge(dense, rule)},
     )
 )

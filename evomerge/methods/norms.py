@@ -23,23 +23,27 @@ RESCALE = Parameter(
 )
 
 
-def total(chunks: Iterable[Tensor]) -> float:
-    """Return the sum of a tensor's elements, which come in chunks.
+def totals(chunks: Iterable[Iterable[Tensor]], count: int) -> list[float]:
+    """Return the sums of several vectors' elements, which come in chunks.
 
     Element i belongs to lane i mod 2¹³; each lane adds in order of i, and the lanes are then added pairwise
     in a binary tree.
 
     Args:
-        chunks: flat; the length of each but the last is a multiple of 2¹³.
+        chunks: the same range of elements of every vector, flat, one range after the other; the length of each
+            but the last is a multiple of 2¹³.
+        count: number of vectors.
     """
-    sums = torch.zeros(LANES, dtype=torch.float64)
+    sums = torch.zeros(count, LANES, dtype=torch.float64)
     wide = torch.empty(LANES, dtype=torch.float64)
     for chunk in chunks:
-        for part in torch.split(chunk, LANES):
-            sums[: part.numel()].add_(wide[: part.numel()].copy_(part))
-    while sums.numel() > 1:
-        sums = sums[: sums.numel() // 2] + sums[sums.numel() // 2 :]
-    return sums.item()
+        for lanes, vector in zip(sums, chunk, strict=True):
+            for part in torch.split(vector, LANES):
+                lanes[: part.numel()].add_(wide[: part.numel()].copy_(part))
+    while sums.shape[1] > 1:
+        half = sums.shape[1] // 2
+        sums = sums[:, :half] + sums[:, half:]
+    return [float(number) for number in sums[:, 0]]
 
 
 def l1_norm(operands: Operands, k: int, sparse: Sparse | None = None) -> float:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from evomerge.methods.kernels import Sparse, Values
-from evomerge.methods.norms import total
+from evomerge.methods.norms import totals
 from evomerge.methods.operands import STRIP, Chunk, Operands
 from evomerge.methods.registry import MergeMethod, Parameter, register
 from evomerge.methods.selection import ascending
@@ -39,7 +39,7 @@ class SelectCalculateErase:
     def prepare(self, operands: Operands, values: Values) -> tuple[Plan, float]:
         count, topk = len(operands.inputs), values["select_topk"]
         least = 0.0 if topk >= 1 else _variance_to_reach(operands, topk)
-        energies = [total(_selected_squares(operands, k, least)) for k in range(count)]
+        energies = totals(_selected_squares(operands, least), count)
         weights = [e / sum(energies) for e in energies] if any(energies) else [1 / count] * count
         terms = [Term(k, 1.0, w, w) for k, w in enumerate(weights)]
         return plan_disjoint(operands, Sparse((1.0,) * count, _keep_all), terms, RULE, 1.0), least
@@ -83,12 +83,15 @@ def _variance_to_reach(operands: Operands, topk: float) -> float:
     return ascending(variances, [operands.size - rank])[0] if rank else math.inf
 
 
-def _selected_squares(operands: Operands, k: int, least: float) -> Iterator[Tensor]:
+def _selected_squares(operands: Operands, least: float) -> Iterator[Iterator[Tensor]]:
+    """Yield, for each chunk, every input's τ_k² where the element is selected and 0 elsewhere."""
     count = len(operands.inputs)
     for chunk in operands.fork().chunks(STRIP):
-        selected = (_variance(chunk, count) >= least).to(operands.dtype) if least > 0 else None
-        squares = chunk.delta(k).square_()
-        yield squares if selected is None else squares.mul_(selected)
+        if least > 0:
+            selected = (_variance(chunk, count) >= least).to(operands.dtype)
+            yield (chunk.delta(k).square_().mul_(selected) for k in range(count))
+        else:
+            yield (chunk.delta(k).square_() for k in range(count))
 
 
 register(

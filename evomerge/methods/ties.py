@@ -149,7 +149,9 @@ class DisjointMerge:
     Merge: in dialect paper the mean divides by the number of q_k with the elected sign; weights do not enter
     the divisor, so that the scale of the weights is the scale of the merged delta, and negative weights are
     as good as positive ones. With all w_k = 1 this is the paper's rule. In dialect mergekit it divides by
-    the sum of their w_k (by 1 where that is 0). An expert with w_k = 0 neither votes nor counts.
+    the sum of their w_k (by 1 where that is 0). An expert with w_k = 0 neither votes nor counts. peft elects
+    from the unweighted τ̂_k, + where they cancel out, and then averages the q_k by their number: with equal
+    positive weights that is the paper's rule but for elements without a winner.
 
     Attributes:
         sparsify: step 1.

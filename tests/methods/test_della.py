@@ -39,10 +39,22 @@ def test_a_row_of_one_entry_is_kept_with_the_density(shape: tuple[int, ...]) -> 
     np.testing.assert_allclose(probabilities(torch.ones(shape), 0.4, 0.2), np.full(shape, 0.4))
 
 
-def test_ranks_are_exact_in_long_rows_with_many_ties() -> None:
-    row = np.random.default_rng(0).integers(0, 40, 3000).astype(np.float32)
-    found = 0.4 + 0.2 * places(row[None])[0]
-    np.testing.assert_allclose(found, oracle.keep_probabilities(row, 0.5, 0.1), rtol=1e-12)
+@pytest.mark.parametrize("width", [2, 3, 100, 3000])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_ranks_are_exact_with_and_without_ties(width: int, dtype: type) -> None:
+    generator = np.random.default_rng(0)
+    rows = np.concatenate(
+        [generator.integers(0, 40, (3, width)), generator.random((3, width)), np.ones((1, width))]
+    )
+    rows = rows.astype(dtype)
+    for row, found in zip(rows, 0.4 + 0.2 * places(rows), strict=True):
+        np.testing.assert_allclose(found, oracle.keep_probabilities(row, 0.5, 0.1), rtol=1e-12)
+
+
+def test_the_compiled_ranks_are_those_of_numpy() -> None:
+    rows = np.random.default_rng(0).exponential(size=(5, 2000)).astype(np.float32)
+    rows[:, ::3] = rows[:, 1:2]
+    np.testing.assert_array_equal(places(rows), places(rows.astype(np.float64)))
 
 
 def pruned(

@@ -45,6 +45,10 @@ MERGES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("dare_ties/mergekit", {"weight": (0.2, 0.9, 0.3), "density": (0.1, 0.5, 0.0)}),
     ("dare_linear", {"weight": (0.2, 0.9, -0.3), "density": (0.1, 0.5, 1.0)}),
     ("dare_ties", {"weight": (0.2, 0.9, 0.3), "density": (0.1, 0.5, 0.0)}),
+    ("breadcrumbs/mergekit", {"weight": (0.2, 0.9, -0.3), "density": (0.1, 0.5, 1.0), "gamma": 0.1}),
+    ("breadcrumbs_ties/mergekit", {"weight": (0.2, 0.9, 0.3), "density": 0.4, "rescale": True}),
+    ("della", {"weight": (0.2, 0.9, -0.3), "density": (0.2, 0.5, 1.0)}),
+    ("magmax", {"weight": (1.0, -0.9, 0.3)}),
 )
 
 

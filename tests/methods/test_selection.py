@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evomerge.methods.norms import total
+from evomerge.methods.norms import totals
 from evomerge.methods.selection import ascending
 
 
@@ -34,9 +34,10 @@ def test_agrees_with_a_sort_at_the_edges_of_the_format(numbers: list[float]) -> 
 
 
 @pytest.mark.parametrize("n", [1, 1000, (1 << 15) + 1, 300_000])
-def test_a_total_is_exact_to_float64_and_free_of_chunking(n: int) -> None:
-    values = torch.rand(n, generator=torch.Generator().manual_seed(0))
-    whole = total([values])
-    assert whole == pytest.approx(float(np.sum(values.double().numpy())), rel=1e-13)
-    assert total(values.split(1 << 15)) == whole
-    assert total(values.split(3 << 15)) == whole
+def test_totals_are_exact_to_float64_and_free_of_chunking(n: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    one, other = (torch.rand(n, generator=generator) for _ in range(2))
+    whole = totals([[one, other]], 2)
+    assert whole == pytest.approx([float(np.sum(x.double().numpy())) for x in (one, other)], rel=1e-13)
+    for size in (1 << 15, 3 << 15):
+        assert totals(zip(one.split(size), other.split(size), strict=True), 2) == whole

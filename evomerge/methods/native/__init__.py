@@ -47,7 +47,17 @@ class Mask:
     density: float
 
 
-Sparsity = Trim | Mask | None
+@dataclass(frozen=True)
+class Band:
+    """Entries whose magnitude is not from `low` to `high` become 0."""
+
+    low: float
+    high: float
+
+
+_BAND = 3
+
+Sparsity = Trim | Mask | Band | None
 """How one operand's delta is made sparse; None: it is not."""
 
 
@@ -90,6 +100,7 @@ class _Operand(ctypes.Structure):
         ("key1", ctypes.c_uint32),
         ("limit", ctypes.c_uint64),
         ("weight", ctypes.c_float),
+        ("high", ctypes.c_float),
     )
 
 
@@ -185,6 +196,8 @@ class _Terms:
                 entry.sparsity, entry.low = _TRIM, term.sparsity.low
             elif isinstance(term.sparsity, Mask):
                 entry.sparsity, entry.limit = _MASK, limit_of(term.sparsity.density)
+            elif isinstance(term.sparsity, Band):
+                entry.sparsity, entry.low, entry.high = _BAND, term.sparsity.low, term.sparsity.high
 
     def read(self, start: int, stop: int) -> None:
         self._parts = [self._operands.tensor(term.operand)[start:stop] for term in self._terms]
@@ -332,6 +345,19 @@ def count_digits(
         ctypes.c_uint32(prefix),
         ctypes.c_int32(shift),
         counts.ctypes.data_as(ctypes.c_void_p),
+    )
+
+
+def places(magnitudes: npt.NDArray[np.float32], out: npt.NDArray[np.float64]) -> None:
+    """Write each entry's place in its row's order to `out`, ``(rows, d)``; see `della.places`."""
+    rows, d = magnitudes.shape
+    scratch = np.empty(2 * d, dtype=np.uint64)
+    _loaded().evomerge_places(
+        magnitudes.ctypes.data_as(ctypes.c_void_p),
+        ctypes.c_int64(rows),
+        ctypes.c_int64(d),
+        scratch.ctypes.data_as(ctypes.c_void_p),
+        out.ctypes.data_as(ctypes.c_void_p),
     )
 
 

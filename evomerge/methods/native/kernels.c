@@ -17,7 +17,7 @@
 #define GUESSES 4
 
 enum dtype { F32 = 0, BF16 = 1, F16 = 2 };
-enum sparsity { DENSE = 0, TRIM = 1, MASK = 2 };
+enum sparsity { DENSE = 0, TRIM = 1, MASK = 2, BAND = 3 };
 enum elect { BY_SUM = 0, BY_COUNT = 1, BY_MAX = 2 };
 enum merge { MEAN = 0, WEIGHTED = 1, SUM = 2, MAX = 3 };
 
@@ -26,11 +26,12 @@ typedef struct {
     int32_t dtype;      /* enum dtype */
     int32_t sparsity;   /* enum sparsity */
     float coefficient;  /* of this operand's term */
-    float low;          /* TRIM: entries with |x| <= low become 0 */
+    float low;          /* TRIM: entries with |x| <= low become 0; BAND: those with |x| < low or |x| > high */
     uint32_t key0;      /* MASK: key words of hash_v1 */
     uint32_t key1;
     uint64_t limit;     /* MASK: entries whose hash is at least this are multiplied by 0 */
     float weight;       /* its share of a weighted mean's divisor */
+    float high;
 } operand;
 
 static inline float half_to_float(uint16_t h) {
@@ -154,6 +155,12 @@ static inline void sparsify(const operand *o, uint32_t first, int64_t n, float *
         for (int64_t i = 0; i < n; i++) {
             uint32_t hash = hash_v1(first + (uint32_t)i, key0, key1);
             delta[i] *= hash < limit ? 1.0f : 0.0f;
+        }
+    } else if (o->sparsity == BAND) {
+        float low = o->low, high = o->high;
+        for (int64_t i = 0; i < n; i++) {
+            float magnitude = fabsf(delta[i]);
+            delta[i] *= (magnitude >= low) & (magnitude <= high) ? 1.0f : 0.0f;
         }
     }
 }
@@ -488,6 +495,47 @@ void evomerge_digits(const operand *vector, const operand *base, int64_t n, uint
         } else {
             for (int64_t i = 0; i < m; i++)
                 if ((bits[i] & 0x7fffffffu) >> 16 == prefix) counts[bits[i] & 0xffffu]++;
+        }
+    }
+}
+
+/* Writes each entry's place in the ascending order of its row, from 0 to 1; equal entries share the average.
+ * x is (rows, d) and not negative, d > 1; scratch has space for 2 d numbers.
+ *
+ * Radix sort of (bit pattern, index) pairs, by digits of 11 bits in long rows and of 8 in short ones.
+ */
+void evomerge_places(const float *restrict x, int64_t rows, int64_t d, uint64_t *restrict scratch,
+                     double *restrict out) {
+    static __thread uint32_t counts[4][2048];
+    int width = d < 1024 ? 8 : 11, digits = d < 1024 ? 4 : 3;
+    uint32_t mask = (1u << width) - 1;
+    for (int64_t row = 0; row < rows; row++, x += d, out += d) {
+        uint64_t *from = scratch, *to = scratch + d;
+        for (int p = 0; p < digits; p++) memset(counts[p], 0, sizeof(uint32_t) << width);
+        for (int64_t i = 0; i < d; i++) {
+            uint32_t bits;
+            memcpy(&bits, x + i, 4);
+            from[i] = (uint64_t)bits << 32 | (uint64_t)i;
+            for (int p = 0; p < digits; p++) counts[p][bits >> (p * width) & mask]++;
+        }
+        for (int p = 0; p < digits; p++) {
+            uint32_t before = 0;
+            for (uint32_t digit = 0; digit <= mask; digit++) {
+                uint32_t number = counts[p][digit];
+                counts[p][digit] = before;
+                before += number;
+            }
+            for (int64_t i = 0; i < d; i++) to[counts[p][from[i] >> (32 + p * width) & mask]++] = from[i];
+            uint64_t *swap = from;
+            from = to;
+            to = swap;
+        }
+        for (int64_t first = 0; first < d;) {
+            int64_t last = first;
+            while (last + 1 < d && from[last + 1] >> 32 == from[first] >> 32) last++;
+            double place = (double)(first + last) / (double)(2 * (d - 1));
+            for (int64_t i = first; i <= last; i++) out[from[i] & 0xffffffffu] = place;
+            first = last + 1;
         }
     }
 }
