@@ -6,14 +6,13 @@ Yu et al. 2024, Language models are super Mario: absorbing abilities from homolo
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 from torch import Tensor
 
 from evomerge.methods.kernels import DeltaCombination, Sparse, Values
-from evomerge.methods.masks import UInt32, hash_v1, keep_mask
+from evomerge.methods.masks import MaskKey, device_hashes, hash_v1, keep_mask, limit_of
 from evomerge.methods.native import Mask
 from evomerge.methods.norms import RESCALE, rescaled
 from evomerge.methods.operands import STRIP, Operands
@@ -45,10 +44,8 @@ SCALING = (
 )
 
 
-def hashes(operands: Operands) -> Callable[[int, int, int], UInt32]:
-    """Return a function ``(k, start, n) → hashes`` of the elements ``start … start + n`` of input k.
-
-    What it returns is valid until its next call.
+def mask_key(operands: Operands) -> MaskKey:
+    """Return what the masks depend on.
 
     Raises:
         ValueError: the operands have no mask key, or not one that names every input.
@@ -60,8 +57,7 @@ def hashes(operands: Operands) -> Callable[[int, int, int], UInt32]:
         raise ValueError(
             f"the mask key names {len(key.experts)} experts, here are {len(operands.inputs)} inputs"
         )
-    buffer = np.empty(STRIP, dtype=np.uint32)
-    return lambda k, start, n: hash_v1(key.seed, key.experts[k], key.tensor, start, buffer[:n])
+    return key
 
 
 def mask(operands: Operands, values: Values) -> Sparse:
@@ -70,19 +66,23 @@ def mask(operands: Operands, values: Values) -> Sparse:
     Entry i of expert k is kept where `masks.hash_v1` of (seed, expert, tensor, i) lies under the density:
     masks are independent between experts and nested in density. Density 0 drops everything.
     """
-    densities, hashed = values["density"], hashes(operands)
-    kept = np.empty(STRIP, dtype=np.bool_)
+    densities, key = values["density"], mask_key(operands)
+    hashes, kept = np.empty(STRIP, dtype=np.uint32), np.empty(STRIP, dtype=np.bool_)
 
     def keep(k: int, delta: Tensor, start: int) -> None:
         if densities[k] >= 1:
             return
-        entries = delta.numpy()
-        survives = keep_mask(hashed(k, start, entries.size), densities[k], kept[: entries.size])
+        n = delta.numel()
+        if delta.device.type != "cpu":
+            found = device_hashes(key.seed, key.experts[k], key.tensor, start, n, delta.device)
+            delta.mul_((found < limit_of(densities[k])).to(delta.dtype))
+            return
+        hash_v1(key.seed, key.experts[k], key.tensor, start, hashes[:n])
+        entries, survives = delta.numpy(), keep_mask(hashes[:n], densities[k], kept[:n])
         with np.errstate(invalid="ignore"):
             np.multiply(entries, survives, out=entries)
 
-    key = operands.masks
-    rules = None if key is None else tuple(Mask(key, k, density) for k, density in enumerate(densities))
+    rules = tuple(Mask(key, k, density) for k, density in enumerate(densities))
     return Sparse(tuple(1.0 if d > 0 else 0.0 for d in densities), keep, rules)
 
 

@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from evomerge.errors import CandidateFailed
 from evomerge.methods import native
-from evomerge.methods.dare import DENSITY, hashes
+from evomerge.methods.dare import DENSITY, mask_key
 from evomerge.methods.kernels import DeltaCombination, Sparse, Values
+from evomerge.methods.masks import device_hashes, hash_v1
 from evomerge.methods.native.loader import library
 from evomerge.methods.norms import RESCALE, rescaled
 from evomerge.methods.operands import Operands
@@ -97,7 +99,7 @@ def magprune(operands: Operands, values: Values) -> tuple[Sparse, Callable[[int,
                 f"della: density {density:g} and epsilon {epsilon:g} give keep-probabilities from "
                 f"{density - epsilon:g} to {density + epsilon:g}; both must lie between 0 and 1"
             )
-    hashed = hashes(operands)
+    key = mask_key(operands)
     width = row_layout(operands).columns
     own = threading.local()
 
@@ -114,11 +116,17 @@ def magprune(operands: Operands, values: Values) -> tuple[Sparse, Callable[[int,
         return probability
 
     def keep(k: int, delta: Tensor, start: int) -> None:
-        if densities[k] < 1:
-            n = delta.numel()
-            entries = delta.numpy()
-            with np.errstate(invalid="ignore"):
-                entries *= hashed(k, start, n) < probabilities(k, start, n) * 2.0**32
+        if densities[k] >= 1:
+            return
+        n = delta.numel()
+        limits = probabilities(k, start, n) * 2.0**32
+        if delta.device.type != "cpu":
+            found = device_hashes(key.seed, key.experts[k], key.tensor, start, n, delta.device)
+            delta.mul_((found < torch.from_numpy(limits).to(delta.device)).to(delta.dtype))
+            return
+        entries, hashes = delta.numpy(), np.empty(n, dtype=np.uint32)
+        with np.errstate(invalid="ignore"):
+            entries *= hash_v1(key.seed, key.experts[k], key.tensor, start, hashes) < limits
 
     return Sparse(tuple(float(density > 0) for density in densities), keep), probabilities
 
@@ -135,8 +143,8 @@ def sample_and_divide(operands: Operands, values: Values) -> Sparse:
     def keep(k: int, delta: Tensor, start: int) -> None:
         if values["density"][k] < 1:
             sparse.keep(k, delta, start)
-            entries = delta.numpy()
-            entries /= probabilities(k, start, delta.numel()).astype(entries.dtype)
+            divisors = torch.from_numpy(probabilities(k, start, delta.numel()))
+            delta.div_(divisors.to(device=delta.device, dtype=delta.dtype))
 
     return Sparse(sparse.scales, keep)
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 UInt32 = npt.NDArray[np.uint32]
 Bool = npt.NDArray[np.bool_]
@@ -67,6 +69,24 @@ def hash_v1(seed: int, expert: str, tensor: str, start: int, out: UInt32) -> UIn
         _mix(lo, key_words(seed, expert, tensor, hi), strip, shifted[: strip.size])
         done += strip.size
     return out
+
+
+def device_hashes(
+    seed: int, expert: str, tensor: str, start: int, length: int, device: torch.device
+) -> Tensor:
+    """Return `hash_v1` of `length` elements from `start` on, ``(length,)`` int64 on a device."""
+    parts = []
+    while length > 0:
+        hi, lo = divmod(start, 1 << 32)
+        count = min(length, (1 << 32) - lo)
+        first, second = key_words(seed, expert, tensor, hi)
+        x = torch.arange(lo, lo + count, device=device).bitwise_xor_(first)
+        for word, shift, factor in ((0, 17, 0xED5AD4BB), (second, 11, 0xAC4C1B51), (0, 15, 0x31848BAB)):
+            # The product wraps around modulo 2⁶⁴, which leaves its lower half right.
+            x.bitwise_xor_(word).bitwise_xor_(x >> shift).mul_(factor).bitwise_and_(0xFFFFFFFF)
+        parts.append(x.bitwise_xor_(x >> 14))
+        start, length = start + count, length - count
+    return torch.cat(parts)
 
 
 def keep_mask(hashes: UInt32, density: float, out: Bool) -> Bool:

@@ -6,8 +6,9 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 
-from evomerge.methods.masks import hash_v1, keep_mask
+from evomerge.methods.masks import device_hashes, hash_v1, keep_mask
 from tests.methods import oracle
 
 EXPERT = "0123456789abcdef" * 4
@@ -48,6 +49,12 @@ def test_is_what_the_definition_says(start: int) -> None:
     got = hashes(start, n)
     for offset in (0, 1, 2, 4, 5, 6, 65_535, 65_536, 69_999, 70_000, n - 1):
         assert got[offset] == oracle.hash_v1(0, EXPERT, TENSOR, start + offset)
+
+
+@pytest.mark.parametrize("start", [0, 65_535, 2**32 - 500, 7 * 2**32 - 1])
+def test_a_device_computes_the_same_hashes(start: int) -> None:
+    found = device_hashes(3, EXPERT, TENSOR, start, 1000, torch.device("cpu"))
+    assert np.array_equal(found.numpy(), hashes(start, 1000, seed=3))
 
 
 def test_does_not_depend_on_where_a_chunk_begins() -> None:
