@@ -20,7 +20,6 @@ IDS = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(1)
 MERGES = {
     "linear": {"method": "linear", "inputs": ["a", "b"], "parameters": {"weight": {"a": 0.3, "b": 0.5}}},
     "slerp": {"method": "slerp", "inputs": ["a", "b"], "parameters": {"t": 0.3}},
-    "ties": {"method": "ties", "base": "base", "inputs": ["a", "b"], "parameters": {"density": 0.4}},
     "dare_ties": {
         "method": "dare_ties",
         "base": "base",

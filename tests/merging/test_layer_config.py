@@ -30,7 +30,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 4},
     "mixtral": {"sliding_window": 4},
 }
-PATHS = {"longer": [0, 1, 1, 2, 3, 3], "reordered": [3, 1, 0, 2], "shorter": [1, 3]}
+PATHS = {"longer": [3, 0, 1, 1, 2, 0], "shorter": [1, 3]}
 
 
 def moved(folder: Path, layers: list[int]) -> torch.nn.Module:
@@ -87,7 +87,7 @@ PRE_NORM = {
 }
 
 
-@pytest.mark.parametrize("scales", [[0.8, 1.25, 0.7], [-1.2, 1.0, -0.9], [0.9, -1.1, 1.3]], ids=str)
+@pytest.mark.parametrize("scales", [[-1.2, 1.0, -0.9], [0.9, -1.1, 1.3]], ids=str)
 @pytest.mark.parametrize("kind", PRE_NORM)
 def test_scales_fold_into_pre_norm_blocks(tmp_path, kind, scales):
     folder = make_model(
