@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +93,9 @@ class _Writer:
         self._method = self._one_method()
 
     def written(self) -> Written:
+        base = self._base
         document = self._body()
         document["merge_method"] = self._method
-        base = self._base()
         if base is not None:
             document["base_model"] = self._reference(base)
         out = str(self._plan.dtype).removeprefix("torch.")
@@ -152,7 +153,15 @@ class _Writer:
                 entry = self._entry(model, own)
                 ranged = {"model": entry["model"], "layer_range": [start, start + segment.count]}
                 sources.append(ranged | entry)
-            slices.append({"sources": sources, **({"parameters": parameters} if parameters else {})})
+            base = self._recipe.merges[segment.source].base if segment.source in self._recipe.merges else None
+            own_base = base is not None and base != self._base
+            slices.append(
+                {
+                    "sources": sources,
+                    **({"base_model": self._reference(base)} if base and own_base else {}),
+                    **({"parameters": parameters} if parameters else {}),
+                }
+            )
         counts = [len(segment.starts) for segment in segments]
         if counts[0] < counts[-1]:
             self._notes.append(
@@ -195,17 +204,13 @@ class _Writer:
                 raise UserError(f"models.{model}: mergekit refuses to merge a model with itself")
         return models
 
+    @cached_property
     def _base(self) -> str | None:
         """The model that mergekit is told as base: where it can be, the one that gives the recipe its config."""
         sources = [str(hop.model or hop.merge) for hop in self._recipe.path or ()] or list(
             self._recipe.merges
         )
-        bases = {self._recipe.merges[source].base for source in sources if source in self._recipe.merges}
-        if len(bases) > 1:
-            raise UserError(
-                "the merges of the path have different bases; write them with one base for mergekit"
-            )
-        base = next(iter(bases), None)
+        base = next((m.base for source in sources if (m := self._recipe.merges.get(source))), None)
         donor = self._plan.donor
         if get_method(self._method).base_in("mergekit") == "optional origin" and base is None:
             self._notes.append(
@@ -295,7 +300,9 @@ class _Writer:
             self._notes.append(
                 f"tokenizer: mergekit takes a model's, not that of the folder {settings.source}"
             )
-        elif owner != base or self._plan.views or settings.pad_to_multiple_of or settings.tokens:
+        elif self._plan.vocabulary.has_tokenizer and (
+            owner != base or self._plan.views or settings.pad_to_multiple_of or settings.tokens
+        ):
             self._describe_tokenizer(document, UNION if owner == UNION else self._reference(owner))
         templates = self._plan.chat_templates
         if templates is not None:

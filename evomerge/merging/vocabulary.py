@@ -274,8 +274,8 @@ class OutputVocabulary:
         having = [name for name in self.models if name not in self._lacking]
         reference = next((n for n in having if n == self.source.owner), next(iter(having), None))
         for name in self._lacking:
-            if reference is None or sizes[name] != sizes[reference]:
-                other = reference or next(n for n in sizes if sizes[n] != sizes[name])
+            other = reference or next((n for n in sizes if sizes[n] != sizes[name]), None)
+            if other is not None and sizes[name] != sizes[other]:
                 raise CheckpointError(
                     f"{self.models[name].path}: '{name}' has no tokenizer files, and {sizes[name]} rows in its "
                     f"embedding where '{other}' has {sizes[other]}; copy its tokenizer into the folder, "

@@ -9,9 +9,10 @@ import pytest
 import yaml
 
 from evomerge.cli import main
-from evomerge.errors import UserError
+from evomerge.errors import CheckpointError, UserError
 from evomerge.mergekit import from_mergekit, is_mergekit, open_recipe, read_mergekit
 from evomerge.mergekit.reading import PARAMETERS
+from evomerge.merging import merge
 from evomerge.methods.registry import all_methods
 from evomerge.recipe import Hop
 from evomerge.settings import Filtered
@@ -327,6 +328,14 @@ def sources(*ranges: Any) -> list[dict[str, Any]]:
 )
 def test_mistakes_are_told_with_key_and_fix(data: dict[str, Any], message: str) -> None:
     assert refused(data).startswith(message)
+
+
+def test_a_tokenizer_source_needs_tokenizers(tmp_path: Path) -> None:
+    family = make_family(tmp_path, hidden=16, layers=1, tokenizer=False)
+    models = [{"model": str(family[name]), "parameters": {"weight": 1}} for name in "ab"]
+    recipe = reading(LINEAR, models=models, tokenizer_source="union").recipe
+    with pytest.raises(CheckpointError, match="none of the models has tokenizer files"):
+        merge(recipe, tmp_path / "out")
 
 
 def test_the_kinds_of_files_are_told_apart_by_their_keys(tmp_path: Path) -> None:

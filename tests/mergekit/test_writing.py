@@ -15,10 +15,12 @@ from evomerge.checkpoints.names import parse
 from evomerge.errors import UserError
 from evomerge.mergekit import from_mergekit, to_mergekit
 from evomerge.mergekit.compact import compact
-from evomerge.merging import merge, open_parents
+from evomerge.merging import TensorJob, merge, open_parents, plan_merge
+from evomerge.methods import get_method
 from evomerge.recipe import Recipe
 from evomerge.settings import depth_of, evaluate, read_setting
 from tests.mergekit.conftest import Families, Peer, agree
+from tests.mergekit.test_golden import GOLDEN, document
 from tests.merging.helpers import digests, make_recipe, read
 from tests.models import make_family
 
@@ -322,3 +324,34 @@ def test_notes_are_comments_of_the_file(families: Families) -> None:
     assert head.startswith("# What mergekit makes of this differs from the recipe:\n# - ")
     assert all(line.startswith("#") and len(line) <= 108 for line in head.splitlines())
     assert yaml.safe_load(text)["merge_method"] == "ties"
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_a_mergekit_yaml_read_and_written_plans_the_same_tensors(name: str, families: Families) -> None:
+    family = families("llama")
+    recipe = from_mergekit(document(GOLDEN[name], family)).recipe
+    written = to_mergekit(recipe, open_parents(recipe))
+    again = from_mergekit(yaml.safe_load(written.to_yaml())).recipe
+
+    def role_of(job: TensorJob) -> str:
+        return get_method(job.method).base_in(job.dialect) if job.method else ""
+
+    def merged(job: TensorJob) -> list[str]:
+        """Without a base karcher's first model may as well be called one."""
+        return [*([job.base] if job.base and role_of(job) == "optional input" else []), *job.inputs]
+
+    def plan(one: Recipe) -> list[Any]:
+        places = {model: source.source for model, source in one.models.items()}
+        return [
+            (
+                job.name,
+                job.dtype,
+                role_of(job) != "optional input" and job.base and places[job.base],
+                [(places[model], job.source_in(model)) for model in merged(job)],
+                # A layer taken as it is, and one scaled by 1, are the same.
+                None if job.method == "passthrough" and set(job.values["scale"]) == {1.0} else job.values,
+            )
+            for job in plan_merge(one, open_parents(one)).jobs
+        ]
+
+    assert plan(again) == plan(recipe)
