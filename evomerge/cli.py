@@ -118,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--max-shard-size", default="5GB", metavar="SIZE", help="of a weights file (default: 5GB)"
     )
+    sub.add_argument("--device", default="cpu", metavar="DEVICE", help="does the arithmetic (default: cpu)")
 
     sub = command(
         "extract-lora", _extract_lora, "write what a fine-tune changed as a LoRA adapter", _EXTRACT_HELP
@@ -373,14 +374,27 @@ def _export(options: argparse.Namespace) -> int:
 
 def _merge(options: argparse.Namespace) -> int:
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
     from evomerge.merging import merge
     from evomerge.statistics.needed import in_lines
 
     recipe = _read_recipe(options.recipe)
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     try:
         with Progress(*columns, console=console, disable=not console.is_terminal) as display:
             task = display.add_task("reading the parents", total=None)
@@ -394,6 +408,7 @@ def _merge(options: argparse.Namespace) -> int:
                 max_shard_size=options.max_shard_size,
                 progress=show,
                 report=in_lines(console.print),
+                device=options.device,
             )
     except KeyboardInterrupt:
         raise Stopped(f"Stopped; {options.out} was not written.") from None

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from evomerge.checkpoints import (
     Checkpoint,
     CheckpointWriter,
@@ -87,6 +89,7 @@ def merge(
     progress: Progress | None = None,
     threads: int | None = None,
     report: Report | None = None,
+    device: str | None = None,
 ) -> Path:
     """Merge checkpoints as a recipe says and write the result as a Hugging Face checkpoint folder.
 
@@ -102,6 +105,7 @@ def merge(
         threads: tensors worked on at the same time; None: one per CPU. The bytes do not depend on it.
         report: called with (what is done, steps done, steps in all) while the models are run for a method
             that needs statistics which are not kept from before.
+        device: where the arithmetic is done, e.g. ``cuda``; None: on the CPU.
 
     Returns:
         `out` as a path.
@@ -126,6 +130,7 @@ def merge(
         progress=progress,
         threads=threads,
         report=report,
+        device=device,
     )
 
 
@@ -138,9 +143,11 @@ def write_merge(
     progress: Progress | None = None,
     threads: int | None = None,
     report: Report | None = None,
+    device: str | None = None,
 ) -> Path:
     """Do what `merge` does with parents that are open already."""
     out = Path(out)
+    place = _device(device)
     shard_bytes = parse_size(max_shard_size)
     _check_out(out, checkpoints)
     verify_sources(recipe, checkpoints)
@@ -172,6 +179,7 @@ def write_merge(
                 threads=threads or _cpus(),
                 stream=True,
                 statistics=statistics,
+                device=place,
             )
             writer.commit({RECIPE_FILE: recipe.to_yaml(), **_copied_list(plan)})
     except CandidateFailed as failure:
@@ -356,6 +364,19 @@ def _check_out(out: Path, checkpoints: Mapping[str, Checkpoint]) -> None:
 def _hashes(checkpoints: Mapping[str, Checkpoint]) -> dict[str, str]:
     with ThreadPoolExecutor(max(1, min(len(checkpoints), _cpus()))) as pool:
         return dict(zip(checkpoints, pool.map(lambda c: c.sha256, checkpoints.values()), strict=True))
+
+
+def _device(name: str | None) -> torch.device | None:
+    """Return the device that a user names, or None for the CPU."""
+    if name in (None, "cpu"):
+        return None
+    try:
+        device = torch.device(str(name))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"--device {name}: cannot be used here: {reason}; use cpu, cuda or cuda:N") from None
+    return device
 
 
 def _cpus() -> int:

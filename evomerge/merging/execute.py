@@ -14,8 +14,10 @@ from evomerge.checkpoints import Checkpoint
 from evomerge.errors import CandidateFailed
 from evomerge.merging.plan import MergePlan, TensorJob
 from evomerge.merging.sinks import Sink
-from evomerge.merging.streams import Arena, StreamedTensor
-from evomerge.methods import TensorCache, TensorMerge
+from evomerge.merging.streams import Arena, DeviceTensor, Residents, StreamedTensor
+from evomerge.merging.survey import global_thresholds
+from evomerge.methods import TensorCache, TensorMerge, get_method
+from evomerge.methods.operands import Operands
 from evomerge.statistics.files import Source
 from evomerge.statistics.jobs import statistics_of
 
@@ -41,6 +43,8 @@ def execute(
     threads: int = 1,
     stream: bool = False,
     statistics: Mapping[str, Source] | None = None,
+    device: torch.device | None = None,
+    residents: Residents | None = None,
 ) -> None:
     """Compute the plan's tensors and write them to a sink.
 
@@ -60,6 +64,9 @@ def execute(
         stream: read the parents chunk by chunk instead of mapping their files, so that resident memory stays
             bounded whatever the size. For parents that are read once.
         statistics: those that the jobs name, by key.
+        device: where the arithmetic is done (of methods that can; the CPU does the others). Results agree with
+            the CPU's to rounding.
+        residents: parents that stay on the device from one call to the next.
 
     Raises:
         NonFinite: the first tensor, in the plan's order, with a weight that is not a finite number.
@@ -74,15 +81,26 @@ def execute(
     def read(checkpoint: Checkpoint, tensor: str) -> torch.Tensor:
         if stream or not checkpoint.mapped(tensor):
             # The methods and the copy below only slice.
-            arena = arenas.arena = getattr(arenas, "arena", None) or Arena()
+            if not hasattr(arenas, "arena"):
+                arenas.arena = Arena(pinned=device is not None and device.type == "cuda")
             arenas.slot += 1
-            return cast(torch.Tensor, StreamedTensor(checkpoint, tensor, arena, arenas.slot))
+            return cast(torch.Tensor, StreamedTensor(checkpoint, tensor, arenas.arena, arenas.slot))
         return checkpoint.tensor(tensor).reshape(-1)
+
+    def read_there(checkpoint: Checkpoint, tensor: str) -> torch.Tensor:
+        assert device is not None
+        flat = read(checkpoint, tensor)
+        there = DeviceTensor(flat, device) if residents is None else residents.get(checkpoint, tensor, flat)
+        return cast(torch.Tensor, there)
 
     def work(job: TensorJob) -> None:
         nonlocal done
         arenas.slot = -1
-        write = _writer(job, plan.parents(job, checkpoints), read, cache, statistics or {})
+        there = device is not None and job.method is not None and get_method(job.method).on_device
+        parents = plan.parents(job, checkpoints)
+        write = _writer(
+            job, parents, read_there if there else read, cache, thresholds.get(job.name), statistics or {}
+        )
         for start, piece in sink.pieces(job.name, job.numel, job.dtype, chunk):
             if not write(start, start + piece.numel(), piece):
                 bad = piece[~torch.isfinite(piece)][0].item()
@@ -92,12 +110,23 @@ def execute(
                     done += piece.nbytes
                     progress(done, total)
 
-    with torch.no_grad():
-        if threads <= 1:
-            for job in todo:
-                work(job)
-        else:
-            _in_threads(work, todo, threads)
+    def operands_of(job: TensorJob) -> Operands:
+        arenas.slot = -1
+        parents = plan.parents(job, checkpoints)
+        assert job.base is not None, "methods that trim need a base"
+        base, *inputs = (read(parents[model], job.source_in(model)) for model in (job.base, *job.inputs))
+        return Operands(base, inputs)
+
+    def run(function: Callable[[TensorJob], None], jobs: Iterable[TensorJob]) -> None:
+        with torch.no_grad():
+            if threads <= 1:
+                for job in jobs:
+                    function(job)
+            else:
+                _in_threads(function, jobs, threads)
+
+    thresholds = global_thresholds(plan.jobs, operands_of, run, cache)
+    run(work, todo)
 
 
 def _in_threads(work: Callable[[TensorJob], None], jobs: Iterable[TensorJob], threads: int) -> None:
@@ -132,6 +161,7 @@ def _writer(
     parents: Mapping[str, Checkpoint],
     read: Callable[[Checkpoint, str], torch.Tensor],
     cache: TensorCache | None,
+    thresholds: Sequence[float] | None,
     statistics: Mapping[str, Source],
 ) -> Callable[[int, int, torch.Tensor], bool]:
     """Return a function that writes a range of the job's elements and tells whether all are finite."""
@@ -150,6 +180,7 @@ def _writer(
         dialect=job.dialect,
         shape=job.shape,
         transposed=job.transposed,
+        thresholds=thresholds,
         factor=job.factor,
         statistics=statistics_of(job, parents, statistics),
     )
@@ -163,7 +194,10 @@ def _copier(
     if job.factor == 1.0 and parent.read_dtype(name) == job.dtype:
 
         def copy(start: int, stop: int, out: torch.Tensor) -> bool:
-            parent.read_into(name, start, out)
+            if out.device.type == "cpu":
+                parent.read_into(name, start, out)
+            else:
+                out.copy_(parent.read_into(name, start, torch.empty(out.numel(), dtype=out.dtype)))
             return True
 
         return copy

@@ -27,6 +27,7 @@ from evomerge.merging.binding import bind
 from evomerge.merging.execute import CHUNK, execute
 from evomerge.merging.plan import MergePlan, TensorJob, plan_merge
 from evomerge.merging.sinks import LiveSink
+from evomerge.merging.streams import Residents
 from evomerge.methods import TensorCache
 from evomerge.recipe import Recipe
 from evomerge.statistics.files import Source
@@ -94,6 +95,8 @@ class Materializer:
         checkpoints: the parents, by the names that recipes use.
         device: where the live model is; the parents stay in host memory.
         chunk, threads: as for `evomerge.merging.execute.execute`.
+        merge_on: a device that does the arithmetic and holds the parents, as far as they fit; None: the CPU,
+            whose bits are those of an export.
 
     What does not depend on the candidate (reductions over the parents) is computed once. Tensors whose job
     is the same as in the recipe before are left as they are.
@@ -106,8 +109,11 @@ class Materializer:
         device: torch.device | str = "cpu",
         chunk: int = CHUNK,
         threads: int = 1,
+        merge_on: torch.device | None = None,
     ) -> None:
         self._checkpoints = checkpoints
+        self._merge_on = merge_on
+        self._residents = None if merge_on is None else Residents(merge_on)
         self._device = torch.device(device)
         self._chunk = chunk
         self._threads = threads
@@ -149,6 +155,8 @@ class Materializer:
             chunk=self._chunk,
             threads=self._threads,
             statistics=self._statistics,
+            device=self._merge_on,
+            residents=self._residents,
         )
         self._held = {job.name: job for job in plan.jobs}
         return model

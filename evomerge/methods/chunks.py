@@ -39,6 +39,8 @@ class TensorMerge:
         statistics: one per input, which the method weighs the inputs with; a bare tensor (a diagonal Fisher
             information, a Gram matrix of a layer's inputs) counts as the whole model's. None where there is none.
         transposed: whether a layer's matrix is kept as (in, out) instead of (out, in).
+        thresholds: of each input the smallest magnitude that a trim of the whole model keeps; None: the tensor
+            counts as the whole model.
         factor: multiplied in before the rounding.
 
     Attributes:
@@ -64,6 +66,7 @@ class TensorMerge:
         shape: Sequence[int] | None = None,
         statistics: Sequence[Statistic | Tensor] | None = None,
         transposed: bool = False,
+        thresholds: Sequence[float] | None = None,
         factor: float = 1.0,
     ) -> None:
         chosen = get_method(method)
@@ -83,6 +86,7 @@ class TensorMerge:
             shape=shape,
             statistics=statistics,
             transposed=transposed,
+            thresholds=thresholds,
         )
         self.size = self._operands.size
         self.dtype = self._operands.dtype
@@ -96,7 +100,7 @@ class TensorMerge:
         Args:
             start: first element.
             stop: one past the last.
-            out: ``(stop - start,)``, contiguous, on the operands' device.
+            out: ``(stop - start,)``, contiguous.
 
         Returns:
             Whether all values are finite.
@@ -108,6 +112,11 @@ class TensorMerge:
         return finite
 
     def _strip(self, start: int, stop: int, out: Tensor) -> bool:
+        if out.device != self._operands.device:
+            here = torch.empty(out.numel(), dtype=out.dtype, device=self._operands.device)
+            finite = self._strip(start, stop, here)
+            out.copy_(here)
+            return finite
         if self._runner is not None and out.dtype in native.DTYPES:
             return self._runner(start, stop, out)
         direct = out.dtype == self.dtype

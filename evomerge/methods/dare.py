@@ -95,6 +95,7 @@ def drop(operands: Operands, values: Values) -> Sparse:
 register(
     MergeMethod(
         name="dare_linear",
+        on_device=True,
         summary="Task arithmetic on task vectors whose entries are dropped at random and rescaled.",
         paper="Yu et al. 2024, Language models are super Mario (DARE), arXiv 2311.03099",
         inputs=(1, None),
@@ -111,6 +112,7 @@ register(
 register(
     MergeMethod(
         name="dare_ties",
+        on_device=True,
         summary="TIES election and merge on task vectors whose entries are dropped at random and rescaled.",
         paper="Yu et al. 2024, Language models are super Mario (DARE), arXiv 2311.03099",
         inputs=(1, None),

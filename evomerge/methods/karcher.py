@@ -78,6 +78,7 @@ KERNEL = GramCombination("inputs", coefficients)
 register(
     MergeMethod(
         name="karcher",
+        on_device=True,
         summary="Riemannian centre of mass of the models on the sphere, at their mean norm, tensor by tensor.",
         paper="Karcher 1977, Riemannian center of mass and mollifier smoothing, CPAM 30(5); for model weights "
         "arXiv 2603.04972",

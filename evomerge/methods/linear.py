@@ -34,6 +34,7 @@ AVERAGE = LinearCombination(coefficients)
 register(
     MergeMethod(
         name="linear",
+        on_device=True,
         summary="Weighted average of the inputs' weights (model soup).",
         paper="Wortsman et al. 2022, Model soups, arXiv 2203.05482",
         inputs=(1, None),

@@ -40,6 +40,7 @@ KERNEL = VectorCombination(coefficients)
 register(
     MergeMethod(
         name="multislerp",
+        on_device=True,
         summary="Mean direction of the models, or of their task vectors where there is a base, at their mean norm "
         "(normalised linear interpolation), tensor by tensor.",
         paper="Goddard 2025, Multi-SLERP, https://goddard.blog/posts/multislerp-wow-what-a-cool-idea",

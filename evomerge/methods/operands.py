@@ -38,6 +38,7 @@ class Operands:
         dtype: of the arithmetic: float64 if any operand is, else float32.
         device: where the operands are and the arithmetic is done.
         masks: what random masks depend on, or None.
+        thresholds: of each input the smallest magnitude that a trim of the whole model keeps, or None.
 
     Raises:
         ValueError: shapes differ, or a dtype is not a floating-point one that merges.
@@ -54,6 +55,7 @@ class Operands:
         shape: Sequence[int] | None = None,
         statistics: Sequence[Any] | None = None,
         transposed: bool = False,
+        thresholds: Sequence[float] | None = None,
     ) -> None:
         everything = [*inputs] if base is None else [base, *inputs]
         for tensor in everything:
@@ -73,6 +75,7 @@ class Operands:
         self.shape = tuple(inputs[0].shape if shape is None else shape)
         self.statistics = None if statistics is None else tuple(statistics)
         self.transposed = transposed
+        self.thresholds = thresholds
         self.dtype = torch.float64 if any(t.dtype == torch.float64 for t in everything) else torch.float32
         self.masks = masks
         self._cache = cache

@@ -7,7 +7,7 @@ integers. Neither depends on chunk size, thread count or the processor's vector 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -239,21 +239,33 @@ def select(operands: Operands, k: int, rank: int) -> float:
     Histograms of 16 bits at a time are streamed: nothing of the tensor's size is allocated.
     """
     bits = 64 if operands.dtype == torch.float64 else 32
+    return radix_select(lambda prefix, shift: digit_counts(operands, k, prefix, shift), rank, bits)
+
+
+def radix_select(counts: Callable[[int, int], npt.NDArray[np.int64]], rank: int, bits: int = 32) -> float:
+    """Return the `rank`-th largest of non-negative numbers that are known by histograms of their bit patterns.
+
+    Args:
+        counts: ``(prefix, shift) → (2¹⁶,)``: how often each value of the bits shift … shift + 15 occurs among
+            the numbers whose higher bits are `prefix`.
+        rank: 1 is the largest.
+        bits: width of the numbers, 32 or 64.
+    """
     prefix = 0
     for shift in range(bits - 16, -1, -16):
-        digits, counts = _histogram(operands, k, prefix, shift)
-        above = np.cumsum(counts[::-1])[::-1]
-        at = int(np.flatnonzero(above >= rank)[-1])
-        rank -= int(above[at] - counts[at])
-        prefix = prefix << 16 | int(digits[at])
+        found = counts(prefix, shift)
+        above = np.cumsum(found[::-1])[::-1]
+        digit = int(np.flatnonzero(above >= rank)[-1])
+        rank -= int(above[digit] - found[digit])
+        prefix = prefix << 16 | digit
     pattern = np.array(prefix, dtype=f"u{bits // 8}")
     return float(pattern.view(f"f{bits // 8}"))
 
 
-def _histogram(operands: Operands, k: int, prefix: int, shift: int) -> npt.NDArray[np.int64]:
+def digit_counts(operands: Operands, k: int, prefix: int, shift: int) -> npt.NDArray[np.int64]:
     """Count bits shift … shift + 15 of |δ| among the elements whose higher bits are `prefix`.
 
-    Returns ``(2, m)``: the values that occur, ascending, and how often.
+    Returns ``(2¹⁶,)``.
     """
     bits = 64 if operands.dtype == torch.float64 else 32
     total = np.zeros(1 << 16, dtype=np.int64)
@@ -261,13 +273,11 @@ def _histogram(operands: Operands, k: int, prefix: int, shift: int) -> npt.NDArr
         for start in range(0, operands.size, STRIP):
             stop = min(start + STRIP, operands.size)
             native.count_digits(operands, k, start, stop, prefix, shift, total)
-        occurring = np.flatnonzero(total)
-        return np.stack([occurring, total[occurring]])
+        return total
     for chunk in operands.chunks(_BLOCK):
         keys: npt.NDArray[Any] = chunk.delta(k).abs_().cpu().numpy().view(f"u{bits // 8}")
         digits = keys >> keys.dtype.type(shift)
         if shift < bits - 16:
             digits = digits[digits >> keys.dtype.type(16) == prefix] & keys.dtype.type(0xFFFF)
         total += np.bincount(digits.astype(np.intp), minlength=1 << 16)
-    occurring = np.flatnonzero(total)
-    return np.stack([occurring, total[occurring]])
+    return total

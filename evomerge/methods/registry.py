@@ -90,6 +90,7 @@ class MergeMethod:
         parameters: declared parameters, in order.
         kernels: the arithmetic of each dialect (`evomerge.methods.kernels`); the first is the default.
         random: whether it draws masks, so that the recipe's seed matters.
+        on_device: whether its arithmetic runs on a GPU as well; otherwise the CPU does it.
         needs: statistics of the inputs that it weighs them with: ``fisher`` (a diagonal Fisher information
             per weight), ``gram`` (the Gram matrix of each linear layer's inputs), ``merged gram`` (likewise, of the
             inputs that the merged layers below give), or nothing.
@@ -105,6 +106,7 @@ class MergeMethod:
     parameters: tuple[Parameter, ...]
     kernels: Mapping[str, Kernel]
     random: bool = False
+    on_device: bool = False
     needs: Needs = ""
     differs: str = ""
     bases: Mapping[str, BaseRole] = field(default_factory=dict)

@@ -45,6 +45,7 @@ SLERP = GramCombination("steps", coefficients)
 register(
     MergeMethod(
         name="slerp",
+        on_device=True,
         summary="Spherical interpolation from the first input to the second, tensor by tensor.",
         paper="Shoemake 1985, Animating rotation with quaternion curves, SIGGRAPH 19(3)",
         inputs=(2, 2),

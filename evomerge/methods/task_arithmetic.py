@@ -42,6 +42,7 @@ def coefficients(values: Values) -> Sequence[float]:
 register(
     MergeMethod(
         name="task_arithmetic",
+        on_device=True,
         summary="Base plus the weighted sum of the experts' task vectors.",
         paper="Ilharco et al. 2023, Editing models with task arithmetic, arXiv 2212.04089",
         inputs=(1, None),

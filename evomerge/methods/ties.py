@@ -49,6 +49,16 @@ NORMALIZE_AGREEING = replace(
     default=True,
     doc="Divide each element's sum by the weights of the inputs that have the elected sign.",
 )
+TRIM = Parameter(
+    "trim",
+    "shared",
+    "Whether density is a share of each tensor's entries or of the whole model's (of the tensors that are merged "
+    "with trim: global).",
+    "tensor",
+    kind="choice",
+    choices=("tensor", "global"),
+    dialects=("paper",),
+)
 DIFFERS = (
     "paper averages over the number of entries that have the elected sign, and where the votes are equal takes "
     "the majority sign of the tensor; mergekit sums them, divided by their weights with normalize, and takes "
@@ -57,15 +67,20 @@ DIFFERS = (
 
 
 def trim(operands: Operands, values: Values) -> Sparse:
-    """Step 1, per tensor: keep the |τ_k| that reach the ⌊density · n⌋-th largest (at least the first).
+    """Step 1: keep the |τ_k| that reach the ⌊density · n⌋-th largest (at least the first), n being the number of
+    the tensor's entries, or with `trim` = ``global`` of the whole model's (`Operands.thresholds`), as in the
+    authors' code.
 
     Entries equal to that value are all kept, so that the result depends on no order.
     """
-    n = operands.size
     below = []
     for k, density in enumerate(values["density"]):
-        rank = max(1, math.floor(density * n + 1e-9))
-        least = torch.tensor(kth_magnitude(operands, k, rank) if rank < n else 0.0, dtype=operands.dtype)
+        if values.get("trim") == "global" and operands.thresholds is not None:
+            smallest = operands.thresholds[k]
+        else:
+            rank = rank_of(density, operands.size)
+            smallest = kth_magnitude(operands, k, rank) if rank < operands.size else 0.0
+        least = torch.tensor(smallest, dtype=operands.dtype)
         below.append(torch.nextafter(least, torch.tensor(-1.0, dtype=operands.dtype)).item())
 
     def keep(k: int, delta: Tensor, start: int) -> None:
@@ -74,6 +89,11 @@ def trim(operands: Operands, values: Values) -> Sparse:
 
     trims = tuple(native.Trim(low) if low >= 0 else None for low in below)
     return Sparse((1.0,) * len(operands.inputs), keep, trims)
+
+
+def rank_of(density: float, n: int) -> int:
+    """Return which of n magnitudes, the largest being 1, is the smallest that a trim keeps."""
+    return max(1, math.floor(density * n + 1e-9))
 
 
 def trim_or_drop(operands: Operands, values: Values) -> Sparse:
@@ -319,6 +339,7 @@ def lead(q: Tensor, rows: dict[str, Tensor], chunk: Chunk) -> None:
 register(
     MergeMethod(
         name="ties",
+        on_device=True,
         summary="Keep each task vector's largest entries, elect a sign per element, merge what agrees.",
         paper="Yadav et al. 2023, TIES-Merging, arXiv 2306.01708",
         inputs=(1, None),
@@ -335,6 +356,7 @@ register(
                 1.0,
                 defaults={"mergekit": 1.0},
             ),
+            TRIM,
             ELECT,
             MERGE,
             NORMALIZE_AGREEING,
