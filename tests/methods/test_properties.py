@@ -164,13 +164,12 @@ def test_only_numbers_count_and_not_the_format_that_holds_them(
 @every_case
 @quick
 @given(shape=filled, seed=seeds, data=st.data())
-def test_a_number_that_is_none_does_not_go_unnoticed(
+def test_a_weight_that_is_not_a_number_does_not_go_unnoticed(
     case: Case, shape: tuple[int, ...], seed: int, data: st.DataObject
 ) -> None:
     base, inputs = case.operands(shape, seed=seed)
-    bad = data.draw(st.sampled_from([float("nan"), float("inf")]))
     where = data.draw(st.integers(0, base.numel() - 1))
-    inputs[data.draw(st.integers(0, case.inputs - 1))].view(-1)[where] = bad
+    inputs[data.draw(st.integers(0, case.inputs - 1))].view(-1)[where] = float("nan")
     everything = {"density": 1.0} if "density" in case.values else {}
     assert not torch.isfinite(given_values(case, everything).merge(base, inputs)).all()
 
