@@ -16,8 +16,8 @@ T = TypeVar("T")
 STRIP = 1 << 17
 """Elements that kernels work on at a time: enough to hide the cost of a call, few enough to stay in cache."""
 
-RUN = 1 << 8
-"""Length and number of the runs of a sample."""
+RUNS, RUN = 1 << 6, 1 << 10
+"""Number and length of the runs of a sample."""
 
 DEVICE_STRIP = 1 << 24
 """The same for a GPU, where launching a kernel costs more than its work on a small strip."""
@@ -81,6 +81,7 @@ class Operands:
         self._cache = cache
         self._key = key
         self._rows: dict[str, Tensor] = {}
+        self._sampled: Tensor | None = None
 
     def tensor(self, k: int) -> Tensor:
         """Return input k, or the base for −1, flat and in its own dtype."""
@@ -120,14 +121,18 @@ class Operands:
 
         They come in runs of consecutive elements at equal distances, which is what a file can be asked for.
         """
-        length = RUN if self.size > RUN * RUN else self.size
-        count = RUN if self.size > RUN * RUN else 1
-        rows = torch.empty(2, count, length, dtype=self.dtype, device=self.device)
-        for row, tensor in zip(rows, (self.tensor(k), self.tensor(-1)), strict=True):
-            for run in range(count):
-                start = run * self.size // count
-                row[run].copy_(tensor[start : start + length])
-        return rows[0].sub_(rows[1]).reshape(-1)
+        if self._sampled is None:
+            self._sampled = self._runs(-1)
+        return self._runs(k).sub_(self._sampled)
+
+    def _runs(self, k: int) -> Tensor:
+        tensor, count = self.tensor(k), RUNS if self.size > RUNS * RUN else 1
+        length = RUN if count > 1 else self.size
+        rows = torch.empty(count, length, dtype=self.dtype, device=self.device)
+        for run, row in enumerate(rows):
+            start = run * self.size // count
+            row.copy_(tensor[start : start + length])
+        return rows.reshape(-1)
 
     @property
     def caching(self) -> bool:

@@ -11,6 +11,9 @@
 
 #define BLOCK 256 /* 1 KiB a row: what a merge needs stays in the first-level cache */
 
+/* Called once a block; as copies in every kernel they would only make the compiler slow. */
+#define NOINLINE static __attribute__((noinline))
+
 /* Called with constants, so that each combination gets loops of its own. */
 #define INLINE static inline __attribute__((always_inline))
 
@@ -79,7 +82,7 @@ static inline uint16_t float_to_half(float x) {
     return half | (uint16_t)(sign >> 16);
 }
 
-static inline void widen(const void *restrict data, int32_t dtype, int64_t start, int64_t n, float *restrict out) {
+NOINLINE void widen(const void *restrict data, int32_t dtype, int64_t start, int64_t n, float *restrict out) {
     if (dtype == BF16) {
         const uint16_t *restrict source = (const uint16_t *)data + start;
         uint32_t *restrict bits = (uint32_t *)out;
@@ -146,7 +149,7 @@ void evomerge_hash(uint32_t key0, uint32_t key1, uint32_t start, int64_t n, uint
 }
 
 /* Makes deltas sparse in place; `low` is the element index of the first one, modulo 2^32. */
-static inline void sparsify(const operand *o, uint32_t first, int64_t n, float *restrict delta) {
+NOINLINE void sparsify(const operand *o, uint32_t first, int64_t n, float *restrict delta) {
     if (o->sparsity == TRIM) {
         float low = o->low;
         for (int64_t i = 0; i < n; i++) delta[i] = (delta[i] >= -low) & (delta[i] <= low) ? 0.0f : delta[i];
@@ -166,7 +169,7 @@ static inline void sparsify(const operand *o, uint32_t first, int64_t n, float *
 }
 
 /* Multiplies by a factor if it is not 1, rounds and stores. Returns whether a value is not finite. */
-static inline int finish(float *restrict sum, int64_t n, float factor, int32_t dtype, void *out, int64_t start) {
+NOINLINE int finish(float *restrict sum, int64_t n, float factor, int32_t dtype, void *out, int64_t start) {
     if (factor != 1.0f)
         for (int64_t i = 0; i < n; i++) sum[i] = sum[i] * factor;
     return evomerge_narrow(sum, n, dtype, (char *)out + start * (dtype == F32 ? 4 : 2));

@@ -18,7 +18,9 @@ from evomerge.environment import cache_folder
 
 SOURCE = Path(__file__).with_name("kernels.c")
 FLAGS = (
-    "-O3",
+    "-O2",
+    "-ftree-vectorize",
+    "-fvect-cost-model=dynamic",
     "-std=gnu11",
     "-shared",
     "-fPIC",
