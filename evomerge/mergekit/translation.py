@@ -68,6 +68,8 @@ def _from_paper(peer: Peer) -> None:
         peer.notes.append(f"{name}: mergekit ranks the entries of a whole tensor, not within each row")
     elif name == "ties":
         shared["rescale"] = False
+        if shared.pop("trim") != "tensor":
+            raise UserError("ties: mergekit trims each tensor by itself, not the whole model")
         if 0 in own["density"]:
             peer.notes.append("ties: with density 0 mergekit keeps nothing, the recipe the largest entry")
     if name in _ELECTIONS:

@@ -15,8 +15,10 @@ from evomerge.checkpoints.names import parse
 from evomerge.errors import UserError
 from evomerge.mergekit import from_mergekit, to_mergekit
 from evomerge.mergekit.compact import compact
+from evomerge.mergekit.translation import translated
 from evomerge.merging import TensorJob, merge, open_parents, plan_merge
 from evomerge.methods import get_method
+from evomerge.methods.registry import all_methods
 from evomerge.recipe import Recipe
 from evomerge.settings import depth_of, evaluate, read_setting
 from tests.mergekit.conftest import Families, Peer, agree
@@ -239,6 +241,7 @@ class TestPaper:
     @pytest.mark.parametrize(
         ("merge", "message"),
         [
+            ({**TIES, "parameters": {"trim": "global"}}, "ties: mergekit trims each tensor by itself"),
             (
                 {**TIES, "parameters": {"elect": "count"}},
                 "ties: mergekit elects signs by sum only, not by count",
@@ -264,6 +267,23 @@ class TestPaper:
         with pytest.raises(UserError) as caught:
             self.written(families, merge)
         assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize("dialect", ["paper", "mergekit"])
+def test_every_method_is_written_with_parameters_that_mergekit_has(dialect: str) -> None:
+    registry = pytest.importorskip("mergekit.merge_methods.registry")
+    for name, method in all_methods().items():
+        if "mergekit" not in method.dialects:
+            continue
+        values = {}
+        for parameter in method.parameters_in(dialect):
+            default = parameter.default_in(dialect)
+            value = 0.5 if default is None else default
+            values[parameter.name] = value if parameter.scope == "shared" else (value, value)
+        peer = translated(name, dialect, values)
+        spec = registry.get(peer.method).spec
+        assert set(peer.shared) <= {p.name for p in spec.shared_parameters}, name
+        assert set(peer.own) <= {p.name for p in spec.input_parameters}, name
 
 
 def test_scales_of_merged_layers_are_refused(families: Families) -> None:
