@@ -8,7 +8,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 
 import torch
 
@@ -92,13 +91,8 @@ class AdaptedCheckpoint(Checkpoint):
             done += count
         return out
 
-    @cached_property
-    def sha256(self) -> str:
-        """Hash of the content: that of the base, the adapter's tensors and how they are applied.
-
-        Raises:
-            CheckpointError: a tensor has NaN or infinite values.
-        """
+    def _content_hash(self) -> str:
+        """Return the hash of the base, the adapter's tensors and how they are applied."""
         return combined_sha256(self.base.sha256, self.adapter.sha256)
 
     def _expansion(self, name: str) -> _Expansion:

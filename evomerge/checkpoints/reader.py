@@ -139,7 +139,7 @@ class Checkpoint:
         """Whether head and embedding are the same, byte for byte: tied, or two equal tensors."""
         return self.tied or _equal_ends(self)
 
-    @cached_property
+    @property
     def sha256(self) -> str:
         """Hash of the content, tensors and config: independent of sharding and folder (`content_hash`).
 
@@ -148,6 +148,12 @@ class Checkpoint:
         Raises:
             CheckpointError: a tensor has NaN or infinite values.
         """
+        # A cached_property of Python 3.11 has one lock for all instances; parents are hashed side by side.
+        if "_sha256" not in self.__dict__:
+            self.__dict__["_sha256"] = self._content_hash()
+        return str(self.__dict__["_sha256"])
+
+    def _content_hash(self) -> str:
         sources = {self.path / CONFIG_FILE, *(info.file for info in self.tensors.values())}
         return cached_content_hash(self.tensors, self.config, self._files, sources)
 
