@@ -30,6 +30,7 @@ class PieceFile:
     def __init__(self, path: Path, descriptor: int) -> None:
         self.descriptor = descriptor
         self._direct: int | None = None
+        self._refused = False
         if _DIRECT:
             try:
                 self._direct = os.open(path, os.O_WRONLY | os.O_CLOEXEC | _DIRECT)
@@ -42,13 +43,14 @@ class PieceFile:
         start = min(-position % PAGE, len(data))
         stop = max(start, len(data) - (position + len(data)) % PAGE)
         middle = data[start:stop]
-        if self._direct is not None and len(middle):
+        if self._direct is not None and not self._refused and len(middle):
             try:
                 write_at(self._direct, middle, position + start)
             except OSError as error:
                 if error.errno not in _UNSUPPORTED:
                     raise
-                self.close()
+                # Not closed here: other threads may be writing with it.
+                self._refused = True
             else:
                 write_at(self.descriptor, data[:start], position)
                 write_at(self.descriptor, data[stop:], position + stop)
@@ -101,7 +103,10 @@ class PiecePool:
         if make:
             return Buffer()
         buffer = self._free.get()
-        self._raise()
+        if self._error is not None:
+            # The next thread that waits shall meet the error too.
+            self._free.put(buffer)
+            raise self._error
         return buffer
 
     def give_back(self, buffer: Buffer) -> None:
@@ -120,7 +125,11 @@ class PiecePool:
             finally:
                 self._free.put(buffer)
 
-        future = self._pool.submit(work)
+        try:
+            future = self._pool.submit(work)
+        except RuntimeError:  # closed meanwhile
+            self._free.put(buffer)
+            raise
         with self._lock:
             self._pending = {one for one in self._pending if not one.done()} | {future}
 
@@ -133,8 +142,9 @@ class PiecePool:
         self._raise()
 
     def close(self) -> None:
-        """Let writes under way end, and drop the others."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        """Let writes under way end, drop the others, and turn away the threads that still fill buffers."""
+        self._error = self._error or RuntimeError("the pool is closed")
+        self._pool.shutdown(wait=True)
 
     def _raise(self) -> None:
         if self._error is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -60,9 +61,10 @@ def test_every_byte_arrives(support: str, tmp_path: Path, monkeypatch: pytest.Mo
         monkeypatch.setattr(pieces, "write_at", refuse)
         monkeypatch.setattr(PieceFile, "__init__", remember)
     expected = fill(tmp_path / "out", tmp_path)
-    assert {name: tensor.tolist() for name, tensor in read(tmp_path / "out").items()} == {
-        name: tensor.tolist() for name, tensor in expected.items()
-    }
+    written = read(tmp_path / "out")
+    assert written.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(written[name], tensor)
 
 
 @pytest.mark.parametrize("position", [0, 8, PAGE - 2, PAGE, 3 * PAGE + 24])
@@ -108,5 +110,96 @@ def test_buffers_are_used_again(tmp_path: Path) -> None:
     pool.close()
     assert len(seen) <= 2
     assert path.read_bytes() == b"".join(bytes([i]) * PAGE for i in range(20))
+    file.close()
+    os.close(descriptor)
+
+
+def waiting(pool: PiecePool, threads: int) -> tuple[list[threading.Thread], list[BaseException]]:
+    """Start threads that wait for a buffer of a pool that has none; return them, and what they are going to raise."""
+    raised: list[BaseException] = []
+
+    def take() -> None:
+        try:
+            pool.take()
+        except BaseException as error:
+            raised.append(error)
+
+    started = [threading.Thread(target=take, daemon=True) for _ in range(threads)]
+    for thread in started:
+        thread.start()
+    return started, raised
+
+
+def ended(threads: list[threading.Thread]) -> bool:
+    for thread in threads:
+        thread.join(timeout=10)
+    return not any(thread.is_alive() for thread in threads)
+
+
+def test_every_thread_that_waits_for_a_buffer_meets_the_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+    file, pool, go_on = PieceFile(path, descriptor), PiecePool(1), threading.Event()
+
+    def full(data: memoryview, position: int) -> None:
+        go_on.wait(10)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(file, "write", full)
+    pool.submit(file, pool.take(), 0, PAGE)
+    threads, raised = waiting(pool, 3)
+    go_on.set()
+    assert ended(threads)
+    assert [getattr(error, "errno", None) for error in raised] == [errno.ENOSPC] * 3
+    pool.close()
+    file.close()
+    os.close(descriptor)
+
+
+def test_a_closed_pool_keeps_no_thread_waiting(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+    file, pool = PieceFile(path, descriptor), PiecePool(1)
+    buffer = pool.take()
+    threads, raised = waiting(pool, 3)
+    pool.close()
+    with pytest.raises(RuntimeError):
+        pool.submit(file, buffer, 0, PAGE)
+    assert ended(threads)
+    assert len(raised) == 3
+    assert path.read_bytes() == b""
+    file.close()
+    os.close(descriptor)
+
+
+def test_threads_may_find_out_together_that_direct_writes_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+    file = PieceFile(path, descriptor)
+    if file._direct is None:
+        pytest.skip("no O_DIRECT here")
+    together, write_at, direct = threading.Barrier(2, timeout=10), pieces.write_at, file._direct
+
+    def refuse(fd: int, data: memoryview, position: int) -> None:
+        if fd != direct:
+            return write_at(fd, data, position)
+        together.wait()
+        os.fstat(fd)
+        raise OSError(errno.EINVAL, "not here")
+
+    monkeypatch.setattr(pieces, "write_at", refuse)
+    pool = PiecePool(2)
+    for i in range(2):
+        buffer = pool.take()
+        buffer.at(i * PAGE, PAGE).fill_(i + 1)
+        pool.submit(file, buffer, i * PAGE, PAGE)
+    pool.wait()
+    pool.close()
+    assert path.read_bytes() == b"\1" * PAGE + b"\2" * PAGE
+    os.fstat(direct)
     file.close()
     os.close(descriptor)
