@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from evomerge import __version__
 from evomerge.environment import prepare
 from evomerge.errors import EvomergeError, Stopped, UserError
+from evomerge.signals import stopped_by_signals
 
 if TYPE_CHECKING:
     from evomerge.recipe import Recipe
@@ -396,7 +397,10 @@ def _merge(options: argparse.Namespace) -> int:
         TimeRemainingColumn(),
     )
     try:
-        with Progress(*columns, console=console, disable=not console.is_terminal) as display:
+        with (
+            stopped_by_signals(),
+            Progress(*columns, console=console, disable=not console.is_terminal) as display,
+        ):
             task = display.add_task("reading the parents", total=None)
 
             def show(done: int, total: int) -> None:
@@ -439,7 +443,10 @@ def _extract_lora(options: argparse.Namespace) -> int:
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     try:
-        with Progress(*columns, console=console, disable=not console.is_terminal) as display:
+        with (
+            stopped_by_signals(),
+            Progress(*columns, console=console, disable=not console.is_terminal) as display,
+        ):
             task = display.add_task("reading the models", total=None)
 
             def show(done: int, total: int) -> None:
@@ -468,9 +475,10 @@ def _convert(options: argparse.Namespace) -> int:
     from evomerge.checkpoints.conversion import convert
 
     try:
-        out = convert(
-            options.source, options.out, revision=options.revision, max_shard_size=options.max_shard_size
-        )
+        with stopped_by_signals():
+            out = convert(
+                options.source, options.out, revision=options.revision, max_shard_size=options.max_shard_size
+            )
     except KeyboardInterrupt:
         raise Stopped(f"Stopped; {options.out} was not written.") from None
     print(out)
@@ -490,9 +498,10 @@ def _statistics(options: argparse.Namespace) -> int:
     data = validate(Data, {"texts": str(options.data), **settings}, None)
     say = Console(stderr=True).print
     try:
-        statistics = collect_statistics(
-            options.model, data, options.kind, options.out, device=options.device, report=in_lines(say)
-        )
+        with stopped_by_signals():
+            statistics = collect_statistics(
+                options.model, data, options.kind, options.out, device=options.device, report=in_lines(say)
+            )
     except KeyboardInterrupt:
         raise Stopped("Stopped; nothing was written.") from None
     print(statistics.folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from evomerge.checkpoints import CheckpointWriter
 from evomerge.cli import main
 from evomerge.searching.rundir import open_run
 from tests.models import make_model, make_tokenizer
@@ -211,3 +213,62 @@ def test_a_recipe_with_mistakes(
     assert "output folder" in refused(capsys, "merge", str(recipe), str(models["a"]))
     assert "not an empty folder" in refused(capsys, "merge", str(recipe), str(tmp_path / "tasks"))
     assert main(["merge", str(recipe), str(tmp_path / "out")]) == 0
+
+
+def test_rules_that_select_nothing_are_named(
+    own: tuple[Path, dict[str, Path]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, models = own
+    rules = [
+        {"layers": [99], "parameters": {"weight": 0.1}},
+        {"layers": [1], "tensors": "*self_attn*", "parameters": {"weight": 0.2}},
+        {"tensors": "*self_atn*", "parameters": {"weight": 0.3}},
+    ]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        yaml.safe_dump(
+            {
+                "evomerge": 1,
+                "models": {name: str(path) for name, path in models.items()},
+                "merges": {"m": {"method": "ties", "base": "base", "inputs": ["a", "b"], "rules": rules}},
+            }
+        )
+    )
+    assert main(["merge", str(recipe), str(tmp_path / "out")]) == 0
+    said = [
+        record.getMessage() for record in caplog.records if "no tensor is selected" in record.getMessage()
+    ]
+    assert [sentence.split(":")[0] for sentence in said] == ["merges.m.rules.0", "merges.m.rules.2"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_merge_that_is_stopped_leaves_nothing(
+    number: signal.Signals,
+    own: tuple[Path, dict[str, Path]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _, models = own
+    recipe = tmp_path / "recipe.yaml"
+    merge = {"method": "ties", "base": "base", "inputs": ["a", "b"]}
+    sources = {name: str(path) for name, path in models.items()}
+    recipe.write_text(yaml.safe_dump({"evomerge": 1, "models": sources, "merges": {"m": merge}}))
+    before = set(tmp_path.iterdir())
+    handlers = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
+    allocate, discard = CheckpointWriter._allocate, CheckpointWriter._discard
+
+    def stop(self: CheckpointWriter, *arguments: Any) -> None:
+        allocate(self, *arguments)
+        signal.raise_signal(number)
+
+    def again(self: CheckpointWriter) -> None:
+        signal.raise_signal(number)
+        discard(self)
+
+    monkeypatch.setattr(CheckpointWriter, "_allocate", stop)
+    monkeypatch.setattr(CheckpointWriter, "_discard", again)
+    assert main(["merge", str(recipe), str(tmp_path / "out")]) == 75
+    assert "was not written" in capsys.readouterr().err
+    assert set(tmp_path.iterdir()) == before
+    assert {one: signal.getsignal(one) for one in handlers} == handlers

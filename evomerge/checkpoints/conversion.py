@@ -151,7 +151,10 @@ def _load(file: Path) -> dict[str, Tensor]:
         )
         raise CheckpointError(f"{file}: refused: {why}; use a safetensors version of the model") from None
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, AssertionError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        said = (
+            "" if isinstance(error, KeyError) else str(error).strip()
+        )  # a KeyError says a number of the format
+        reason = (said.splitlines() or ["it is damaged, or no file of tensors"])[0]
         raise CheckpointError(f"{file}: cannot be read: {reason}; download or copy it again") from None
     if not isinstance(data, dict):
         raise CheckpointError(f"{file}: holds {type(data).__name__}, not tensors by name")

@@ -37,7 +37,12 @@ class OpenFiles:
         descriptor = self._descriptor(file)
         done = 0
         while done < len(buffer):
-            got = os.preadv(descriptor, [buffer[done:]], offset + done)
+            try:
+                got = os.preadv(descriptor, [buffer[done:]], offset + done)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{file}: cannot be read at byte {offset + done:,}: {error.strerror}"
+                ) from None
             if got == 0:
                 raise CheckpointError(
                     f"{file}: became shorter while it was in use; do not change open checkpoints"

@@ -47,7 +47,7 @@ def parse_size(text: str | int) -> int:
         number, unit, binary = match.groups()
         size = int(float(number) * (1024 if binary else 1000) ** _UNITS[unit.upper()])
     if size < 1:
-        raise UserError(f"size {text!r} is not understood; write it like 5GB, 500MB or 2GiB")
+        raise UserError(f"max shard size {text!r} is not understood; write it like 5GB, 500MB or 2GiB")
     return size
 
 

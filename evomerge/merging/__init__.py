@@ -25,6 +25,7 @@ from evomerge.checkpoints import (
     open_checkpoint,
     parse_size,
 )
+from evomerge.checkpoints.names import parse
 from evomerge.checkpoints.tokenizer import load_tokenizer, tokenizer_sha256, write_chat_templates
 from evomerge.environment import prepare
 from evomerge.errors import CandidateFailed, CheckpointError, UserError
@@ -154,7 +155,8 @@ def write_merge(
     recipe = pin(recipe, checkpoints)
     plan = plan_merge(recipe, checkpoints)
     statistics = _statistics(recipe, checkpoints, report)
-    for warning in (*plan.warnings, *without_statistics(plan, checkpoints, statistics)):
+    notes = (*plan.warnings, *_idle_rules(recipe, checkpoints))
+    for warning in (*notes, *without_statistics(plan, checkpoints, statistics)):
         _log.warning("%s", warning)
     try:
         with (
@@ -186,6 +188,21 @@ def write_merge(
         why = "; a parent is damaged or a parameter too large" if isinstance(failure, NonFinite) else ""
         raise CheckpointError(f"{out}: not written: {failure}{why}") from None
     return out
+
+
+def _idle_rules(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> list[str]:
+    """Name the rules that select no tensor of their merge: a slip of the pen more often than not."""
+    said = []
+    for name, merge in recipe.merges.items():
+        tensors = (
+            [parse(tensor) for tensor in checkpoints[donor_of(recipe, name)].tensors] if merge.rules else []
+        )
+        said += [
+            f"merges.{name}.rules.{i}: no tensor is selected by it, so it changes nothing"
+            for i, rule in enumerate(merge.rules)
+            if not any(map(rule.matches, tensors))
+        ]
+    return said
 
 
 def _copied_list(plan: MergePlan) -> dict[str, str]:

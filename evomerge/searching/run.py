@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +26,7 @@ from evomerge.searching.rundir import (
     refuse_taken,
 )
 from evomerge.searching.store import CandidateRow, Store
+from evomerge.signals import stopped_by_signals
 
 if TYPE_CHECKING:
     import pandas
@@ -166,7 +165,7 @@ def search(
         _check_same_config(folder, parsed, file)
         return resume(folder, yes=yes, display=display)
     refuse_taken(folder)
-    with _signals(), Closing(display):
+    with stopped_by_signals(), Closing(display):
         setup = _set_up(parsed, file, display)
         store = create_run(folder, setup.config, original)
         _drive(folder, store, setup, setup.config.budget, display, yes=yes)
@@ -192,7 +191,7 @@ def resume(
     """
     display = display or Silent()
     folder = Path(run)
-    with _signals(), Closing(display):
+    with stopped_by_signals(), Closing(display):
         store = open_run(folder)
         try:
             config = load_resolved(folder)
@@ -273,28 +272,3 @@ def _check_same_config(folder: Path, config: Config, file: str) -> None:
             f"another folder with --run, or resume it as it is with 'evomerge resume {folder}' (which takes "
             "--budget)"
         )
-
-
-@contextmanager
-def _signals() -> Iterator[None]:
-    """Let SIGTERM stop a search the way Ctrl-C does; while it stops, further signals do not disturb it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    stopping = False
-
-    def stop(number: int, frame: object) -> None:
-        nonlocal stopping
-        if not stopping:
-            stopping = True
-            raise KeyboardInterrupt
-
-    # A shell starts what it puts in the background with Ctrl-C ignored; that stays.
-    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
-    before = {number: signal.signal(number, stop) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)

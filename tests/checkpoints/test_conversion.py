@@ -151,6 +151,15 @@ def test_a_damaged_file_is_told(model: Path, tmp_path: Path, keep: int) -> None:
         convert(model, tmp_path / "out")
 
 
+def test_junk_is_told_in_words(model: Path, tmp_path: Path) -> None:
+    pickle_weights(model)
+    (model / "pytorch_model.bin").write_bytes(b"junk" * 100)
+    with pytest.raises(
+        CheckpointError, match=r"cannot be read: it is damaged, or no file of tensors; download"
+    ):
+        convert(model, tmp_path / "out")
+
+
 def test_what_cannot_be_converted_is_told(model: Path, sharded: Path, tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError, match=f"^{model}: has safetensors weights; there is nothing to convert"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -356,6 +357,20 @@ class TestFile:
         file.write_bytes(struct.pack("<Q", len(text)) + text + data)
         with pytest.raises(CheckpointError, match="model/model.safetensors: .*" + message.replace("{q}", Q)):
             open_checkpoint(str(model))
+
+    def test_a_disk_that_fails_while_reading_is_told(
+        self, model: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        checkpoint = open_checkpoint(str(model))
+
+        def fail(*arguments: Any) -> int:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        monkeypatch.setattr(os, "preadv", fail)
+        with pytest.raises(
+            CheckpointError, match=r"model.safetensors: cannot be read at byte [\d,]+: Input/output"
+        ):
+            checkpoint.read_into(Q, 0, torch.empty(4))
 
     def test_a_file_that_shrinks_while_open_is_told(self, model: Path) -> None:
         checkpoint = open_checkpoint(str(model))
