@@ -95,6 +95,12 @@ def missing_tensor(models: dict[str, Path]) -> None:
     save_file(weights, models["b"] / "model.safetensors", metadata={"format": "pt"})
 
 
+def broken_tokenizer(models: dict[str, Path]) -> None:
+    make_tokenizer(models["b"])
+    path = models["b"] / "tokenizer.json"
+    path.write_text(path.read_text()[:-1000])
+
+
 def adapter_only(models: dict[str, Path]) -> None:
     shutil.rmtree(models["b"])
     models["b"].mkdir()
@@ -108,6 +114,7 @@ def adapter_only(models: dict[str, Path]) -> None:
         (other_size, ["hidden_size", "64", "32"]),
         (not_a_number, ["model.layers.1.mlp.up_proj.weight", "NaN"]),
         (missing_tensor, ["model.layers.1.mlp.up_proj.weight"]),
+        (broken_tokenizer, ["tokenizer.json"]),
         (adapter_only, ["adapter"]),
     ],
 )
