@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from evomerge.checkpoints import CheckpointWriter
 from evomerge.cli import main
 from evomerge.searching.rundir import open_run
-from tests.models import make_model
+from tests.models import make_model, make_tokenizer
 from tests.tasks import make_config, make_tasks
 
 Edit = Callable[[dict[str, Any], Path], None]
