@@ -10,7 +10,7 @@ from torch import Tensor
 
 from evomerge.methods.kernels import Sparse, Sparsify, Values
 from evomerge.methods.operands import Operands
-from evomerge.methods.reductions import LANES, absolute_sum
+from evomerge.methods.reductions import LANES, absolute_sums
 from evomerge.methods.registry import Parameter
 
 RESCALE = Parameter(
@@ -46,13 +46,6 @@ def totals(chunks: Iterable[Iterable[Tensor]], count: int) -> list[float]:
     return [float(number) for number in sums[:, 0]]
 
 
-def l1_norm(operands: Operands, k: int, sparse: Sparse | None = None) -> float:
-    """Return Σ |θ_k − θ_0|, or the sum over what `sparse` keeps of it, before its scales."""
-    if sparse is not None:
-        return absolute_sum(operands, k, sparse)
-    return operands.cached(f"l1 norm of {k}", lambda: absolute_sum(operands, k))
-
-
 def rescaled(sparsify: Sparsify) -> Sparsify:
     """Wrap a sparsification: with `rescale`, τ̂_k · Σ|τ_k| / Σ|τ̂_k| in place of τ̂_k.
 
@@ -67,9 +60,9 @@ def rescaled(sparsify: Sparsify) -> Sparsify:
         for k, density in enumerate(values["density"]):
             if scales[k] == 0 or density >= 1:
                 continue
-            left = l1_norm(operands, k, sparse)
+            whole, left = absolute_sums(operands, k, sparse)
             if left > 0:
-                scales[k] *= l1_norm(operands, k) / left
+                scales[k] *= whole / left
         return replace(sparse, scales=tuple(scales))
 
     return with_norms_restored

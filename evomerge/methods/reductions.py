@@ -57,20 +57,21 @@ def gram(operands: Operands, basis: Basis) -> Gram:
     return matrix
 
 
-def absolute_sum(operands: Operands, k: int, sparse: Sparse | None = None) -> float:
-    """Return Σ |τ̂_k| over the lanes of `gram`, of the delta as it is or of what `sparse` keeps of it."""
-    sums = torch.zeros(LANES, dtype=torch.float64, device=operands.device)
-    rule = None if sparse is None or sparse.rules is None else sparse.rules[k]
-    if native.usable(operands) and (sparse is None or sparse.rules is not None):
+def absolute_sums(operands: Operands, k: int, sparse: Sparse) -> tuple[float, float]:
+    """Return Σ |τ_k| and Σ |τ̂_k|, of what `sparse` keeps (before its scales), over the lanes of `gram`."""
+    sums = torch.zeros(2, LANES, dtype=torch.float64, device=operands.device)
+    if native.usable(operands) and sparse.rules is not None:
         for start in range(0, operands.size, STRIP):
-            native.add_magnitudes(operands, k, rule, start, min(start + STRIP, operands.size), sums)
-        return float(_tree(sums))
-    for chunk in operands.fork().chunks(LANES):
-        delta = chunk.delta(k)
-        if sparse is not None:
+            stop = min(start + STRIP, operands.size)
+            native.add_magnitudes(operands, k, sparse.rules[k], start, stop, sums)
+    else:
+        for chunk in operands.fork().chunks(LANES):
+            delta = chunk.delta(k)
+            sums[0, : delta.numel()].add_(torch.abs(delta, out=chunk.row("part")))
             sparse.keep(k, delta, chunk.start)
-        sums[: delta.numel()].add_(delta.abs_())
-    return float(_tree(sums))
+            sums[1, : delta.numel()].add_(delta.abs_())
+    whole, kept = _tree(sums).tolist()
+    return whole, kept
 
 
 def _tree(sums: Tensor) -> Tensor:

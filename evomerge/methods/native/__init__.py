@@ -263,12 +263,12 @@ def add_products(
 def add_magnitudes(
     operands: Operands, k: int, sparsity: Sparsity, start: int, stop: int, sums: Tensor
 ) -> None:
-    """Add |τ̂_k| of the elements ``start:stop`` to lanes; see `reductions.absolute_sum`."""
+    """Add |τ_k| and |τ̂_k| of the elements ``start:stop`` to ``(2, lanes)``; see `reductions.absolute_sums`."""
     vector = _Terms([Term(k, sparsity=sparsity)], operands)
     base = _Terms([Term(BASE)], operands)
     vector.read(start, stop)
     base.read(start, stop)
-    lanes = sums.shape[0]
+    lanes = sums.shape[1]
     _loaded().evomerge_absolute(
         vector.array,
         base.array,

@@ -411,7 +411,7 @@ void evomerge_gram(const operand *vectors, int32_t count, const operand *origin,
     }
 }
 
-/* Adds |x| of sparse(x - base) to lanes, as evomerge_gram does. */
+/* Adds |x - base| to lanes as evomerge_gram does, and |sparse(x - base)| to further ones behind them. */
 void evomerge_absolute(const operand *vector, const operand *base, uint32_t first, int64_t n, int64_t lane,
                        int64_t lanes, double *restrict sums) {
     float x[BLOCK], origin[BLOCK];
@@ -421,9 +421,10 @@ void evomerge_absolute(const operand *vector, const operand *base, uint32_t firs
         widen(vector->data, vector->dtype, start, m, x);
         widen(base->data, base->dtype, start, m, origin);
         for (int64_t i = 0; i < m; i++) x[i] = x[i] - origin[i];
+        double *restrict whole = sums + lane, *restrict kept = sums + lanes + lane;
+        for (int64_t i = 0; i < m; i++) whole[i] = whole[i] + (double)fabsf(x[i]);
         sparsify(vector, first + (uint32_t)start, m, x);
-        double *restrict sum = sums + lane;
-        for (int64_t i = 0; i < m; i++) sum[i] = sum[i] + (double)fabsf(x[i]);
+        for (int64_t i = 0; i < m; i++) kept[i] = kept[i] + (double)fabsf(x[i]);
         start += m;
         lane = (lane + m) % lanes;
     }
