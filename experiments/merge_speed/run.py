@@ -98,7 +98,8 @@ def measure(size: str, methods: list[str], repeats: int, folder: Path, plain: bo
     models = make(folder, size, 3)
     scripts = Path(sys.executable).parent
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "EVOMERGE_CACHE": str(folder / "cache")}
-    environment.pop("OMP_NUM_THREADS", None)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        environment.pop(name, None)
     sides = [side for side in SIDES if plain or side != "ours, plain"]
     bandwidth = copy_bandwidth()
     with RESULTS.open("a") as stream, tempfile.TemporaryDirectory(dir=folder) as place:
