@@ -91,6 +91,10 @@ class AdaptedCheckpoint(Checkpoint):
             done += count
         return out
 
+    def close(self) -> None:
+        self.base.close()
+        self.adapter.files.close()
+
     def _content_hash(self) -> str:
         """Return the hash of the base, the adapter's tensors and how they are applied."""
         return combined_sha256(self.base.sha256, self.adapter.sha256)

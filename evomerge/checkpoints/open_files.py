@@ -29,8 +29,14 @@ class OpenFiles:
         return OpenFiles, ()
 
     def __del__(self) -> None:
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
+        self.close()
+
+    def close(self) -> None:
+        """Close all files; the next use opens them anew. Views that were given out stay valid."""
+        with self._lock:
+            while self._descriptors:
+                os.close(self._descriptors.popitem()[1])
+            self._maps.clear()
 
     def read_into(self, file: Path, offset: int, buffer: memoryview) -> None:
         """Fill a writable byte buffer from an offset of the file."""

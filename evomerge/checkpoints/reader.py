@@ -157,6 +157,10 @@ class Checkpoint:
         sources = {self.path / CONFIG_FILE, *(info.file for info in self.tensors.values())}
         return cached_content_hash(self.tensors, self.config, self._files, sources)
 
+    def close(self) -> None:
+        """Close the files; the next read opens them anew."""
+        self._files.close()
+
     def check_finite(self) -> None:
         """Raise CheckpointError, naming file, tensor and count, if a weight is NaN or infinite."""
         _ = self.sha256

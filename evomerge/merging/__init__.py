@@ -123,16 +123,20 @@ def merge(
             _log.warning("%s", note)
     prepare(offline=not recipe.uses_hub)
     checkpoints = open_parents(recipe)
-    return write_merge(
-        recipe,
-        checkpoints,
-        out,
-        max_shard_size=max_shard_size,
-        progress=progress,
-        threads=threads,
-        report=report,
-        device=device,
-    )
+    try:
+        return write_merge(
+            recipe,
+            checkpoints,
+            out,
+            max_shard_size=max_shard_size,
+            progress=progress,
+            threads=threads,
+            report=report,
+            device=device,
+        )
+    finally:
+        for checkpoint in checkpoints.values():
+            checkpoint.close()
 
 
 def write_merge(

@@ -177,17 +177,12 @@ def table() -> str:
             text.append(
                 f"| {method} | {wall:.1f} ({min(x['wall'] for x in ours):.1f} to {max(x['wall'] for x in ours):.1f}) "
                 f"| {cpu:.1f} | {max(x['rss'] for x in ours) / 2**30:.2f} | {speed:.2f} | {speed / copying:.0%} "
-                f"| {median(x['wall'] for x in plain) if plain else float('nan'):.1f} "
+                f"| {format(median(x['wall'] for x in plain), '.1f') if plain else '–'} "
                 f"| {other:.1f} ({min(x['wall'] for x in theirs):.1f} to {max(x['wall'] for x in theirs):.1f}) "
                 f"| {other_cpu:.1f} | {max(x['rss'] for x in theirs) / 2**30:.2f} | **{other / wall:.1f}×** "
                 f"| {other_cpu / cpu:.1f}× |"
             )
-        first = [line for line in mine if line["side"] == "ours, first"]
-        if first:
-            text.append(
-                f"\nThe very first run ({first[0]['method']}), which also compiles the kernels and hashes the parents: "
-                f"{first[0]['wall']:.1f} s. One thread copies {copying:.1f} GB/s here."
-            )
+        text.append(f"\nOne thread copies {copying:.1f} GB/s here.")
     return "\n".join(text) + "\n"
 
 

@@ -144,6 +144,15 @@ def test_an_interrupted_command_says_that_nothing_was_written(family, tmp_path, 
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
 
 
+def test_no_file_stays_open_after_a_merge(family, tmp_path):
+    def parents_open():
+        links = [os.readlink(entry) for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink()]
+        return [link for link in links if link.startswith(str(family["base"].parent))]
+
+    merge(make_recipe(family, merge=TIES), tmp_path / "out")
+    assert parents_open() == []
+
+
 def test_an_empty_output_folder_is_taken(family, tmp_path):
     (tmp_path / "out").mkdir()
     assert (merge(make_recipe(family, merge=TIES), tmp_path / "out") / "config.json").is_file()
