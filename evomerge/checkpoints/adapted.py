@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -17,6 +15,7 @@ from evomerge.checkpoints.header import TensorInfo
 from evomerge.checkpoints.hub import commit_of
 from evomerge.checkpoints.model_config import set_tied
 from evomerge.checkpoints.reader import Checkpoint
+from evomerge.threads import one_thread_per_operation
 
 BLOCK = 1 << 18
 """Elements that are expanded at a time; fixed, so that the bits do not depend on who reads which part."""
@@ -157,7 +156,7 @@ class _Expansion:
                     place = (row - first) * self._columns
                     values[place : place + self._columns] = self._token_row(change.tokens, row)
         if change.product is not None:
-            with _one_thread():
+            with one_thread_per_operation():
                 torch.mm(self._left[first : first + self._rows], self._right, out=self._product)
             self._product.mul_(change.product.scale)
             values.add_(self._product.view(-1)[:count])
@@ -281,17 +280,3 @@ def _read(adapter: Adapter, info: TensorInfo, start: int, out: torch.Tensor) -> 
 
 def _view(adapter: Adapter, info: TensorInfo) -> torch.Tensor:
     return adapter.files.view(info.file, info.offset, info.nbytes, info.dtype).reshape(info.shape)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Keep a matrix product on this thread: how it is cut over several changes its bits."""
-    before = torch.get_num_threads()
-    if before == 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -20,6 +19,7 @@ from evomerge.methods import TensorCache, TensorMerge, get_method
 from evomerge.methods.operands import Operands
 from evomerge.statistics.files import Source
 from evomerge.statistics.jobs import statistics_of
+from evomerge.threads import one_thread_per_operation
 
 CHUNK = 1 << 18
 
@@ -136,7 +136,7 @@ def _in_threads(work: Callable[[TensorJob], None], jobs: Iterable[TensorJob], th
         with torch.no_grad():
             work(job)
 
-    with _one_thread_per_operation(), ThreadPoolExecutor(threads) as pool:
+    with one_thread_per_operation(), ThreadPoolExecutor(threads) as pool:
         futures = [pool.submit(quiet, job) for job in jobs]
         try:
             for future in futures:
@@ -144,16 +144,6 @@ def _in_threads(work: Callable[[TensorJob], None], jobs: Iterable[TensorJob], th
         finally:
             for future in futures:
                 future.cancel()
-
-
-@contextmanager
-def _one_thread_per_operation() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _writer(

@@ -15,7 +15,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -25,6 +24,7 @@ from torch import Tensor
 from evomerge.methods.kernels import DeltaCombination, Values
 from evomerge.methods.operands import Chunk, Operands
 from evomerge.methods.registry import Parameter
+from evomerge.threads import one_thread_per_operation
 
 WEIGHT = Parameter(
     "weight", "expert", "Factor of the expert's task vector; 0 leaves the expert out altogether.", 1.0
@@ -287,7 +287,7 @@ class MatrixMerge:
         count = sum(w != 0 for w in values["weight"])
         if len(operands.shape) != 2 or count == 0 or values["lambda"] == 0:
             return MEAN.prepare(operands, values)
-        with _one_thread():
+        with one_thread_per_operation():
             turned = self.turned(operands, count)
             deltas = TaskMatrices(operands, values["weight"], turned=turned)
             if not all(map(math.isfinite, deltas.norms)):
@@ -334,21 +334,8 @@ class _Merged:
             first = index * self._length
             last, block = self._last
             if last != index:
-                with _one_thread():
+                with one_thread_per_operation():
                     block = self._block(first).to(self._operands.dtype).reshape(-1)
                 self._last = (index, block)
             begin, end = max(start, first), min(stop, first + self._length)
             out[begin - start : end - start].copy_(block[begin - first : end - first])
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    if before == 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

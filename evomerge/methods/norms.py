@@ -10,7 +10,7 @@ from torch import Tensor
 
 from evomerge.methods.kernels import Sparse, Sparsify, Values
 from evomerge.methods.operands import Operands
-from evomerge.methods.reductions import LANES, absolute_sums
+from evomerge.methods.reductions import LANES, absolute_sums, fold_lanes
 from evomerge.methods.registry import Parameter
 
 RESCALE = Parameter(
@@ -40,10 +40,7 @@ def totals(chunks: Iterable[Iterable[Tensor]], count: int) -> list[float]:
         for lanes, vector in zip(sums, chunk, strict=True):
             for part in torch.split(vector, LANES):
                 lanes[: part.numel()].add_(wide[: part.numel()].copy_(part))
-    while sums.shape[1] > 1:
-        half = sums.shape[1] // 2
-        sums = sums[:, :half] + sums[:, half:]
-    return [float(number) for number in sums[:, 0]]
+    return [float(number) for number in fold_lanes(sums)]
 
 
 def rescaled(sparsify: Sparsify) -> Sparsify:

@@ -52,7 +52,7 @@ def gram(operands: Operands, basis: Basis) -> Gram:
     else:
         _add_products(operands, basis, pairs, sums)
     matrix = np.empty((count, count))
-    for value, (i, j) in zip(_tree(sums).tolist(), pairs, strict=True):
+    for value, (i, j) in zip(fold_lanes(sums).tolist(), pairs, strict=True):
         matrix[i, j] = matrix[j, i] = value
     return matrix
 
@@ -70,11 +70,11 @@ def absolute_sums(operands: Operands, k: int, sparse: Sparse) -> tuple[float, fl
             sums[0, : delta.numel()].add_(torch.abs(delta, out=chunk.row("part")))
             sparse.keep(k, delta, chunk.start)
             sums[1, : delta.numel()].add_(delta.abs_())
-    whole, kept = _tree(sums).tolist()
+    whole, kept = fold_lanes(sums).tolist()
     return whole, kept
 
 
-def _tree(sums: Tensor) -> Tensor:
+def fold_lanes(sums: Tensor) -> Tensor:
     """Add the lanes, ``(…, LANES)``, pairwise in a binary tree."""
     width = LANES
     while width > 1:
@@ -87,13 +87,14 @@ def _add_products(operands: Operands, basis: Basis, pairs: Sequence[tuple[int, i
     rows = torch.empty(len(operands.inputs) + 2, LANES, dtype=torch.float64, device=operands.device)
     for start in range(0, operands.size, LANES):
         stop = min(start + LANES, operands.size)
-        vectors = _vectors(operands, basis, start, stop, rows)
+        vectors = read_vectors(operands, basis, start, stop, rows)
         product = rows[-1, : stop - start]
         for lane, (i, j) in zip(sums, pairs, strict=True):
             lane[: stop - start].add_(torch.mul(vectors[i], vectors[j], out=product))
 
 
-def _vectors(operands: Operands, basis: Basis, start: int, stop: int, rows: Tensor) -> list[Tensor]:
+def read_vectors(operands: Operands, basis: Basis, start: int, stop: int, rows: Tensor) -> list[Tensor]:
+    """Read the elements ``start:stop`` of the vectors of a Gram matrix into rows of scratch memory."""
     count = len(operands.inputs)
     vectors = [rows[k, : stop - start].copy_(x[start:stop]) for k, x in enumerate(operands.inputs)]
     if basis == "deltas":

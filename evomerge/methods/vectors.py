@@ -23,7 +23,7 @@ from evomerge.methods.kernels import (
 )
 from evomerge.methods.native import Fused
 from evomerge.methods.operands import Chunk, Operands
-from evomerge.methods.reductions import Basis, Gram, gram
+from evomerge.methods.reductions import Basis, Gram, gram, read_vectors
 
 Axis = Literal["none", "out", "in"]
 """What counts as one vector of a tensor W: all of it, W[i, :] (one output neuron), or W[:, j] (one input)."""
@@ -113,7 +113,7 @@ def vector_grams(operands: Operands, basis: Basis, layout: Layout) -> Gram:
     for across, down in layout.blocks():
         height, width = across.stop - across.start, down.stop - down.start
         start = across.start * layout.columns + down.start
-        vectors = _read(operands, basis, start, start + height * width, rows)
+        vectors = read_vectors(operands, basis, start, start + height * width, rows)
         product = rows[count + 1, : height * width]
         for total, (i, j) in zip(sums, pairs, strict=True):
             torch.mul(vectors[i], vectors[j], out=product)
@@ -123,17 +123,6 @@ def vector_grams(operands: Operands, basis: Basis, layout: Layout) -> Gram:
     for total, (i, j) in zip(sums.cpu().numpy(), pairs, strict=True):
         matrix[:, i, j] = matrix[:, j, i] = total
     return matrix
-
-
-def _read(operands: Operands, basis: Basis, start: int, stop: int, rows: Tensor) -> list[Tensor]:
-    count = len(operands.inputs)
-    vectors = [rows[k, : stop - start].copy_(x[start:stop]) for k, x in enumerate(operands.inputs)]
-    if basis == "deltas":
-        assert operands.base is not None
-        base = rows[count, : stop - start].copy_(operands.base[start:stop])
-        for vector in vectors:
-            vector.sub_(base)
-    return vectors
 
 
 def _folded(block: Tensor, dim: int) -> Tensor:

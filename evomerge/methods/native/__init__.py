@@ -28,7 +28,7 @@ BASE = -1
 
 MOST_VECTORS = 16
 GUESSES = 4
-_DENSE, _TRIM, _MASK = 0, 1, 2
+_TRIM, _MASK = 1, 2
 
 
 @dataclass(frozen=True)

@@ -144,10 +144,6 @@ static inline uint32_t hash_v1(uint32_t x, uint32_t key0, uint32_t key1) {
     return x;
 }
 
-void evomerge_hash(uint32_t key0, uint32_t key1, uint32_t start, int64_t n, uint32_t *restrict out) {
-    for (int64_t i = 0; i < n; i++) out[i] = hash_v1(start + (uint32_t)i, key0, key1);
-}
-
 /* Makes deltas sparse in place; `low` is the element index of the first one, modulo 2^32. */
 NOINLINE void sparsify(const operand *o, uint32_t first, int64_t n, float *restrict delta) {
     if (o->sparsity == TRIM) {
