@@ -1,12 +1,10 @@
-"""The recipe: the complete, deterministic description of one merged model."""
+"""What a recipe holds, and how its values resolve for one tensor."""
 
 from __future__ import annotations
 
 import contextlib
 import fnmatch
-import hashlib
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -15,12 +13,14 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from evomerge.checkpoints.names import ROLES, Position, Role, TensorName
 from evomerge.data_config import Data
-from evomerge.errors import UserError, nearest
+from evomerge.errors import nearest
 from evomerge.methods.expressions import factors
-from evomerge.methods.registry import MergeMethod, Needs, Parameter, get_method
-from evomerge.output import Output as Output
-from evomerge.schema import Frozen, Number, Whole, dump_yaml, read_text, read_yaml, shown, validate
-from evomerge.settings import Scalar, Value, canonical, evaluate, scalars
+from evomerge.methods.registry import Needs, get_method
+from evomerge.output import Output
+from evomerge.recipe.checks import check_recipe
+from evomerge.recipe.hashing import recipe_hash
+from evomerge.schema import Frozen, Number, Whole, dump_yaml, shown, validate
+from evomerge.settings import Scalar, Value, evaluate
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -238,101 +238,8 @@ class Recipe(Frozen):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        for name, merge in self.merges.items():
-            if name in self.models:
-                raise ValueError(f"merges.{name}: a model is called '{name}' too; rename one")
-            self._check_merge(name, merge)
-        if self.path is not None:
-            if not self.path:
-                raise ValueError("path: is empty; leave it out for all layers in order")
-            for i, hop in enumerate(self.path):
-                kind, known, ref = (
-                    ("model", self.models, hop.model)
-                    if hop.merge is None
-                    else ("merge", self.merges, hop.merge)
-                )
-                if ref not in known:
-                    raise ValueError(
-                        f"path.{i}.{kind}: no {kind} is called '{ref}'{nearest(str(ref), known)}"
-                    )
-                if hop.merge is not None:
-                    self._check_layers(f"path.{i}.layers", hop, self.merges[hop.merge])
-        elif len(self.merges) != 1:
-            raise ValueError(f"merges: without a path there is exactly one, here are {len(self.merges)}")
-        self.output.check(self.models)
+        check_recipe(self)
         return self
-
-    def _check_merge(self, name: str, merge: Merge) -> None:
-        where = f"merges.{name}"
-        for key, ref in (*(("inputs", ref) for ref in merge.inputs), ("base", merge.base)):
-            if ref is not None and ref not in self.models:
-                raise ValueError(f"{where}.{key}: no model is called '{ref}'{nearest(ref, self.models)}")
-        if len(set(merge.inputs)) < len(merge.inputs):
-            raise ValueError(f"{where}.inputs: a model is listed twice")
-        methods = {method: get_method(method) for method in merge.methods}
-        for method in methods.values():
-            if merge.dialect not in method.dialects:
-                raise ValueError(
-                    f"{where}.dialect: {method.name} has no dialect '{merge.dialect}' "
-                    f"(known: {', '.join(method.dialects)})"
-                )
-            method.check_inputs(merge.base, merge.inputs, where, merge.dialect)
-        if merge.data is None and merge.needs:
-            user = next(method.name for method in methods.values() if method.needs)
-            raise ValueError(
-                f"{where}: {user} needs data for every input; add e.g. data: {{texts: ./texts.jsonl}}"
-            )
-        if merge.data is not None:
-            try:
-                merge.data.check_inputs(merge.inputs)
-            except ValueError as error:
-                raise ValueError(f"{where}.data.{error}") from None
-            if merge.data.tasks:
-                raise ValueError(
-                    f"{where}.data.texts: a recipe has no tasks, '{merge.data.tasks[0]}' is none of its; name a file"
-                )
-        if "merged gram" in merge.needs and self.path is not None:
-            raise ValueError(f"{where}: regmean++ merges all layers in order; leave out 'path'")
-        declared: dict[str, list[Parameter]] = {}
-        for method in methods.values():
-            for parameter in method.parameters_in(merge.dialect):
-                declared.setdefault(parameter.name, []).append(parameter)
-        for place, values in (
-            (f"{where}.parameters", merge.parameters),
-            *((f"{where}.rules.{i}.parameters", rule.parameters) for i, rule in enumerate(merge.rules)),
-        ):
-            for key, value in values.items():
-                if key not in declared:
-                    hint = nearest(key, declared) or f" (known: {', '.join(declared)})"
-                    users = " and ".join(methods) + (" has" if len(methods) == 1 else " have")
-                    raise ValueError(f"{place}: {users} no parameter '{key}'{hint}")
-                for parameter in declared[key]:
-                    _check_value(parameter, value, merge.inputs, f"{place}.{key}")
-        for key, parameters in declared.items():
-            if any(p.default_in(merge.dialect) is None for p in parameters) and not self._always_set(
-                merge, key
-            ):
-                user = next(m.name for m in methods.values() if key in _required(m, merge.dialect))
-                raise ValueError(f"{where}.parameters: {user} needs a value for '{key}' for every input")
-
-    @staticmethod
-    def _check_layers(where: str, hop: Hop, merge: Merge) -> None:
-        donor, others = merge.base or merge.inputs[0], set(merge.inputs)
-        for name in hop.layers:
-            if name == donor:
-                raise ValueError(f"{where}: '{name}' gives the merge its form; write its layer as 'layer'")
-            if name not in others:
-                raise ValueError(
-                    f"{where}: '{name}' is not an input of '{hop.merge}'{nearest(name, merge.inputs)}"
-                )
-
-    @staticmethod
-    def _always_set(merge: Merge, key: str) -> bool:
-        """Whether a required parameter has a value for every input, as far as this can be seen here."""
-        places = [merge.parameters, *(rule.parameters for rule in merge.rules)]
-        values = [place[key] for place in places if key in place]
-        covered = {name for value in values for name in (value if isinstance(value, dict) else merge.inputs)}
-        return covered >= set(merge.inputs)
 
     @property
     def uses_hub(self) -> bool:
@@ -348,39 +255,7 @@ class Recipe(Frozen):
     @cached_property
     def hash(self) -> str:
         """sha256 of the canonical content: independent of names, file locations and written-out defaults."""
-        digests = {}
-        for name, source in self.models.items():
-            if source.sha256 is None:
-                raise ValueError(f"models.{name}: the content hash is not known yet; pin the recipe first")
-            digests[name] = source.sha256
-        if self.path is None:
-            used = set(self.merges)
-        else:
-            used = {hop.merge for hop in self.path if hop.merge is not None}
-        merges = {name: _canonical_merge(self.merges[name], digests) for name in used}
-        if self.path is None:
-            body: Any = next(iter(merges.values()))
-        else:
-            body = [
-                [
-                    merges[hop.merge] if hop.merge else digests[str(hop.model)],
-                    hop.layer,
-                    float(hop.scale),
-                    *([self._layers_of_inputs(hop)] if set(hop.layers.values()) - {hop.layer} else []),
-                ]
-                for hop in self.path
-            ]
-        random = any(get_method(method).random for name in used for method in self.merges[name].methods)
-        canonical = {
-            "evomerge": 1,
-            "body": body,
-            **self.output.canonical(digests),
-            "seed": self.seed if random else None,
-        }
-        return hashlib.sha256(json.dumps(canonical, sort_keys=True).encode()).hexdigest()
-
-    def _layers_of_inputs(self, hop: Hop) -> list[int]:
-        return [hop.layers.get(name, hop.layer) for name in self.merges[str(hop.merge)].inputs]
+        return recipe_hash(self)
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         """Return a copy with changed fields, which has a hash of its own."""
@@ -415,86 +290,6 @@ class Recipe(Frozen):
         return validate(cls, data, file)
 
 
-def load_recipe(path: Path) -> Recipe:
-    """Read a recipe file. Relative sources in it are relative to the file."""
-    data = read_yaml(path, "recipe")
-    if "evomerge" not in data:
-        raise UserError(f"{path}: not an evomerge recipe: the first key should be 'evomerge: 1'")
-    if data["evomerge"] != 1:
-        raise UserError(f"{path}: evomerge: version {data['evomerge']!r} is not known; this is version 1")
-    recipe = Recipe.from_dict(data, path)
-    folder = path.parent.resolve()
-
-    def place(source: Source) -> Source:
-        adapter = None if source.adapter is None else resolve_source(source.adapter, folder)
-        return source.model_copy(update={"source": resolve_source(source.source, folder), "adapter": adapter})
-
-    merges = {
-        name: merge.model_copy(update={"data": merge.data.placed(folder)}) if merge.data else merge
-        for name, merge in recipe.merges.items()
-    }
-    models = {name: place(source) for name, source in recipe.models.items()}
-    output = resolve_output(recipe.output, models, folder)
-    return recipe.model_copy(update={"models": models, "merges": merges, "output": output})
-
-
-def resolve_output(output: Output, models: Iterable[str], folder: Path) -> Output:
-    """Return an output with its files found: a tokenizer's folder in full, a chat template's file as text."""
-    update: dict[str, Any] = {}
-    models = set(models)
-    tokenizer, template = output.vocabulary, output.chat_template
-    if tokenizer.is_folder(models):
-        update["tokenizer"] = tokenizer.model_copy(
-            update={"source": resolve_source(tokenizer.source, folder)}
-        )
-    if template is not None and template.endswith(".jinja") and template not in models:
-        update["chat_template"] = read_text(folder / expand_home(template), "chat template")
-    return output.model_copy(update=update)
-
-
-def resolve_source(text: str, folder: Path) -> str:
-    """Resolve a model's name: paths relative to `folder`, an existing folder beside it, else a hub id."""
-    if text.startswith("~"):
-        return str(expand_home(text))
-    if text.startswith((".", "/")):
-        return str((folder / text).resolve())
-    beside = folder / text
-    return str(beside.resolve()) if beside.is_dir() else text
-
-
-def expand_home(text: str) -> Path:
-    """Return a path with a leading ``~`` or ``~user`` replaced."""
-    try:
-        return Path(text).expanduser()
-    except RuntimeError:
-        raise UserError(f"{text}: there is no such home folder; write the path out") from None
-
-
-def _required(method: MergeMethod, dialect: str) -> list[str]:
-    return [p.name for p in method.parameters_in(dialect) if p.default_in(dialect) is None]
-
-
-def _check_value(parameter: Parameter, value: Value, inputs: Sequence[str], place: str) -> None:
-    if parameter.name == "weight" and isinstance(value, str):
-        try:
-            factors(value, inputs)
-        except ValueError as error:
-            raise ValueError(f"{place}: {error}") from None
-    if not isinstance(value, dict):
-        for item in scalars(value):
-            parameter.check(item, place)
-        return
-    if parameter.scope != "expert":
-        raise ValueError(f"{place}: has one value for all inputs, not one each")
-    if not value:
-        raise ValueError(f"{place}: is empty; give one value for all inputs, or one each by name")
-    for name, setting in value.items():
-        if name not in inputs:
-            raise ValueError(f"{place}: '{name}' is not an input of the merge{nearest(name, inputs)}")
-        for item in scalars(setting):
-            parameter.check(item, f"{place}.{name}")
-
-
 def _with_factors(parameters: dict[str, Value], inputs: Sequence[str]) -> dict[str, Value]:
     """Replace a weight that is an expression of the inputs by each input's factor; keep one that is wrong."""
     weight = parameters.get("weight")
@@ -514,59 +309,6 @@ def _first(
         if found is not None:
             return found
     return default
-
-
-def _canonical_merge(merge: Merge, digests: Mapping[str, str]) -> dict[str, Any]:
-    methods = [get_method(name) for name in merge.methods]
-    return {
-        "method": merge.method,
-        # Also where no method reads it: the base gives the output its config and number format.
-        "base": digests[merge.base] if merge.base else None,
-        "inputs": [digests[name] for name in merge.inputs],
-        "dialect": merge.dialect,
-        "parameters": {method.name: _fallbacks(method, merge) for method in methods},
-        "rules": [
-            {
-                "layers": None if rule.layers is None else sorted(set(map(str, rule.layers))),
-                "roles": None if rule.roles is None else sorted(set(rule.roles)),
-                "tensors": rule.tensors,
-                "method": rule.method,
-                "parameters": {name: _plain(value, merge.inputs) for name, value in rule.parameters.items()},
-            }
-            for rule in merge.rules
-        ],
-        **({"data": _canonical_data(merge)} if merge.needs else {}),
-    }
-
-
-def _canonical_data(merge: Merge) -> list[Any]:
-    assert merge.data is not None, "checked with the recipe"
-    for name in merge.inputs:
-        if merge.data.file_of(name).sha256 is None:
-            raise ValueError(
-                f"data.texts: the sha256 of the texts of '{name}' is not known yet; pin the recipe first"
-            )
-    return [[merge.data.settings(name, needs) for name in merge.inputs] for needs in merge.needs]
-
-
-def _fallbacks(method: MergeMethod, merge: Merge) -> dict[str, Any]:
-    """Return the value of each of a method's parameters where no rule sets it."""
-    values: dict[str, Any] = {}
-    for parameter in method.parameters_in(merge.dialect):
-        default = parameter.default_in(merge.dialect)
-        value = merge.parameters.get(parameter.name, default)
-        if value is not None:
-            values[parameter.name] = _plain(value, merge.inputs, default)
-    return values
-
-
-def _plain(value: Value, inputs: Sequence[str], gap: Scalar | None = None) -> Any:
-    """Return numbers as floats, and values by name as one for each input in order, or one where all agree."""
-    if not isinstance(value, dict):
-        return canonical(value)
-    settings = [value.get(name, gap) for name in inputs]
-    each = [None if setting is None else canonical(setting) for setting in settings]
-    return each[0] if all(item == each[0] for item in each) else each
 
 
 def _tidy(data: dict[str, Any]) -> dict[str, Any]:
