@@ -82,10 +82,9 @@ def evaluate(
 
     # Before the imports below, which take seconds: a mistyped model is told at once.
     checkpoints = open_parents(recipe)
-    from evomerge.evaluation.engine import HFEngine
+    from evomerge.engines import open_host
     from evomerge.evaluation.statistics import score
     from evomerge.evaluation.suite import Suite
-    from evomerge.merging import Materializer
     from evomerge.searching.ranking import values_of
     from evomerge.searching.results import score_dict
     from evomerge.searching.setup import decide_engine
@@ -103,13 +102,7 @@ def evaluate(
         file=None if isinstance(suite, Config) else str(suite),
     )
     try:
-        engine = HFEngine(
-            Materializer(checkpoints, device=config.engine.device).materialize(recipe),
-            tokenizer,
-            batch_tokens=int(config.engine.batch_tokens),
-            max_length=int(config.engine.max_length or 0),
-            device=config.engine.device,
-        )
+        engine = open_host(config.engine, checkpoints, tokenizer).hold(recipe)
         blocks = built.blocks(split, seed=config.seed, block_items=10**9, packing=engine.packing)
         table: dict[str, dict[str, Any]] = {}
         for block in blocks:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from evomerge.environment import prepare
 
@@ -21,3 +22,18 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     from tests.models import make_family
 
     return make_family(tmp_path_factory.mktemp("family"))
+
+
+@pytest.fixture(scope="session")
+def model(family: dict[str, Path]) -> Any:
+    """The tiny base in float32, shared: tests that change weights put them back."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(family["base"], dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(family: dict[str, Path]) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(family["base"])

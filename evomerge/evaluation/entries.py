@@ -84,7 +84,7 @@ def answer(engine: Engine, questions: Questions) -> None:
         answers[Rolling] = engine.loglikelihood_rolling(asked[Rolling])
         check_finite(answers[Rolling], "a log-probability")
     if asked[Generation]:
-        answers[Generation] = engine.generate(asked[Generation])
+        answers[Generation] = [answer.text for answer in engine.generate(asked[Generation])]
     streams = {kind: iter(given) for kind, given in answers.items()}
     by_task: dict[int, tuple[Any, list[Any]]] = {}
     for entry in questions.entries:

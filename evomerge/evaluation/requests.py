@@ -31,6 +31,19 @@ class Generation:
     max_tokens: int
 
 
+@dataclass(frozen=True)
+class Generated:
+    """The answer to a `Generation`.
+
+    Attributes:
+        text: up to the first stop string, without special tokens.
+        truncated: whether it ended for want of tokens rather than by itself.
+    """
+
+    text: str
+    truncated: bool = False
+
+
 class Engine(Protocol):
     """A model that answers requests.
 
@@ -56,7 +69,7 @@ class Engine(Protocol):
         """Return the log-probability of each text; may be non-finite."""
         ...
 
-    def generate(self, requests: Sequence[Generation]) -> list[str]:
+    def generate(self, requests: Sequence[Generation]) -> list[Generated]:
         """Return the generated texts.
 
         Raises:

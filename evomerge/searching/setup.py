@@ -122,7 +122,7 @@ def decide_engine(config: Config, base: Checkpoint) -> Config:
     """Return the config with the engine's device, token budget and context length decided."""
     import torch
 
-    from evomerge.evaluation.engine import default_batch_tokens
+    from evomerge.engines.hf import default_batch_tokens
 
     engine = config.engine
     device = engine.device
@@ -218,7 +218,7 @@ def set_up(config: Config, *, file: Path | str, weights: bool = True) -> Setup:
         UserError: with one sentence, for anything that does not fit.
     """
     prepare(offline=not config.uses_hub)
-    from evomerge.evaluation.engine import packing_name
+    from evomerge.engines import packing_name
     from evomerge.evaluation.suite import Suite
     from evomerge.merging import output_tokenizer, pin_output
     from evomerge.merging.vocabulary import output_vocabulary
@@ -252,7 +252,7 @@ def set_up(config: Config, *, file: Path | str, weights: bool = True) -> Setup:
         block_items=config.suite.block_items,
         items_per_candidate=config.suite.items_per_candidate,
     )
-    packing = packing_name(int(config.engine.batch_tokens))
+    packing = packing_name(config.engine)
     blocks = {
         split: suite.blocks(split, seed=config.seed, block_items=per_block, packing=packing)
         for split in SPLITS

@@ -15,9 +15,9 @@ import torch
 
 from evomerge.checkpoints import Checkpoint, load_tokenizer
 from evomerge.data_config import Data, TextFile
+from evomerge.engines.encoding import Encoder
 from evomerge.environment import cache_folder
 from evomerge.errors import CheckpointError, UserError, nearest
-from evomerge.evaluation.encoding import Encoder
 
 
 @dataclass(frozen=True)

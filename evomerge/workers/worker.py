@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from evomerge.config import Engine, Splits, Suite
+from evomerge.config import Engine as EngineConfig
+from evomerge.config import Splits, Suite
 from evomerge.environment import prepare
 from evomerge.errors import CandidateFailed, UserError
 from evomerge.evaluation.items import SPLITS, Block, Item, ItemScore, Split
@@ -17,7 +18,7 @@ from evomerge.workers.work import Outcome, Result, Work
 
 if TYPE_CHECKING:
     from evomerge.checkpoints import Checkpoint
-    from evomerge.evaluation.engine import HFEngine
+    from evomerge.evaluation.requests import Engine
     from evomerge.evaluation.suite import Preview
 
 
@@ -37,7 +38,7 @@ class WorkerSpec:
     sources: Mapping[str, Source]
     suite: Suite
     splits: Splits
-    engine: Engine
+    engine: EngineConfig
     splits_needed: tuple[Split, ...] = SPLITS
     offline: bool = True
     config_file: str = ""
@@ -102,46 +103,31 @@ class Worker:
 
 
 class _Bench:
-    """What a prepared worker holds: parents, suite, one live model and its engine."""
+    """What a prepared worker holds: the suite, and a host with parents, one live model and its engine."""
 
     def __init__(self, spec: WorkerSpec, recipe: Recipe) -> None:
         prepare(offline=spec.offline)
         import torch
 
+        from evomerge.engines import open_host
         from evomerge.evaluation.suite import Suite as BuiltSuite
-        from evomerge.merging import Materializer, output_tokenizer
+        from evomerge.merging import output_tokenizer
 
         if spec.engine.device == "cpu":
             torch.set_num_threads(1)
         checkpoints = _open(spec.sources)
-        self._tokenizer = output_tokenizer(recipe, checkpoints)
-        self._materializer = Materializer(checkpoints, device=spec.engine.device)
-        self._settings = spec.engine
-        self._held = ""
-        self._engine: HFEngine | None = None
+        tokenizer = output_tokenizer(recipe, checkpoints)
+        self._host = open_host(spec.engine, checkpoints, tokenizer)
         self.fingerprint = ""
         self.suite = BuiltSuite.build(
-            spec.suite, spec.splits, self._tokenizer, splits_needed=spec.splits_needed, file=spec.config_file
+            spec.suite, spec.splits, tokenizer, splits_needed=spec.splits_needed, file=spec.config_file
         )
 
-    def hold(self, recipe: Recipe) -> HFEngine:
-        """Make the live model be this recipe's, unless it is already; return the engine around it."""
-        from evomerge.evaluation.engine import HFEngine
-
-        if self._engine is None or self._held != recipe.hash:
-            self._held = ""
-            model = self._materializer.materialize(recipe)
-            if self._engine is None or self._engine.model is not model:
-                self._engine = HFEngine(
-                    model,
-                    self._tokenizer,
-                    batch_tokens=int(self._settings.batch_tokens),
-                    max_length=self._settings.max_length,
-                    device=self._settings.device,
-                )
-                self.fingerprint = self._engine.fingerprint
-            self._held = recipe.hash
-        return self._engine
+    def hold(self, recipe: Recipe) -> Engine:
+        """Return the engine with this recipe's weights."""
+        engine = self._host.hold(recipe)
+        self.fingerprint = engine.fingerprint
+        return engine
 
 
 def _open(sources: Mapping[str, Source]) -> dict[str, Checkpoint]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from evomerge.evaluation.engine import HFEngine
+from evomerge.engines.hf import HFEngine
 from evomerge.evaluation.requests import Generation, Loglikelihood, Rolling
 from tests.evaluation.tiny import MEAN, build, documents, whole, write_task
 
@@ -164,9 +164,10 @@ def test_generation(tmp_path: Path, model: Any, tokenizer: Any, until: list[str]
             batch_tokens=batch_tokens,
         )
         requests = [Generation(s["arguments"][0][0], tuple(until), 8) for s in samples]
-        texts = engine.generate(requests)
+        texts = [answer.text for answer in engine.generate(requests)]
         assert texts == [s["resps"][0][0] for s in samples]
-        whole_texts = engine.generate([Generation(request.context, (), 8) for request in requests])
+        whole = engine.generate([Generation(request.context, (), 8) for request in requests])
+        whole_texts = [answer.text for answer in whole]
         assert (texts == whole_texts) == (until == ["\n"])
         assert [scores[s["doc_id"]].raw for s in samples] == [s["exact_match"] for s in samples]
         items = {item.index: item for item in suite.items("search")}
@@ -188,14 +189,14 @@ def test_generation_of_a_model_with_eos_and_repetition_penalty(
     plain = HFEngine(model, tokenizer, batch_tokens=500).generate([Generation(p, (), 20) for p in prompts])
     model.generation_config.repetition_penalty = 1.3
     # The byte that the model likes best ends the text, besides the tokenizer's own EOS.
-    model.generation_config.eos_token_id = [1, tokenizer.encode(plain[0][0])[0]]
+    model.generation_config.eos_token_id = [1, tokenizer.encode(plain[0].text[0])[0]]
     kwargs = {"until": [], "max_gen_toks": 20, "do_sample": False}
     instances = [Instance("generate_until", {}, (p, kwargs), 0) for p in prompts]
     # One at a time: in a batch, HFLM penalises the padding token as if it had been in the prompt.
     theirs = HFLM(pretrained=model, tokenizer=tokenizer, device="cpu", batch_size=1).generate_until(instances)
     ours = HFEngine(model, tokenizer, batch_tokens=500).generate([Generation(p, (), 20) for p in prompts])
-    assert ours == theirs
-    assert ours != plain
+    assert [answer.text for answer in ours] == theirs
+    assert [answer.text for answer in ours] != [answer.text for answer in plain]
 
 
 def test_chat_template(tmp_path: Path, family: dict[str, Path], model: Any) -> None:

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
+from evomerge.engines.hf import HFEngine
 from evomerge.errors import CandidateFailed, UserError
-from evomerge.evaluation.engine import HFEngine
 from evomerge.evaluation.items import Block
 from evomerge.evaluation.requests import Generation, Loglikelihood
 from tests.evaluation.tiny import MEAN, FakeEngine, build, documents, whole, write_task
@@ -161,8 +161,8 @@ def test_nothing_is_rebuilt_tokenised_or_drawn_for_a_candidate(
     for name in ("doc_to_text", "doc_to_target", "doc_to_choice"):
         monkeypatch.setattr(ConfigurableTask, name, forbidden)
     monkeypatch.setattr("lm_eval.utils.apply_template", forbidden)
-    monkeypatch.setattr("evomerge.evaluation.encoding.Encoder.pair", forbidden)
-    monkeypatch.setattr("evomerge.evaluation.encoding.Encoder.prompt", forbidden)
+    monkeypatch.setattr("evomerge.engines.encoding.Encoder.pair", forbidden)
+    monkeypatch.setattr("evomerge.engines.encoding.Encoder.prompt", forbidden)
     assert suite.score(engine, block, check_degenerate=False) == first
 
 

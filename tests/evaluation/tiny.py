@@ -11,7 +11,7 @@ import yaml
 
 from evomerge.config import Splits
 from evomerge.config import Suite as SuiteConfig
-from evomerge.evaluation.requests import Generation, Loglikelihood, Rolling
+from evomerge.evaluation.requests import Generated, Generation, Loglikelihood, Rolling
 from evomerge.evaluation.suite import Suite
 
 NAMED = Splits(search="search", validation="validation", test="test")
@@ -135,9 +135,9 @@ class FakeEngine:
         self.asked += requests
         return [-float(len(request.text)) for request in requests]
 
-    def generate(self, requests: Sequence[Generation]) -> list[str]:
+    def generate(self, requests: Sequence[Generation]) -> list[Generated]:
         self.asked += requests
-        return [self.text(request) for request in requests]
+        return [Generated(self.text(request)) for request in requests]
 
 
 def whole(suite: Suite, split: Any = "search") -> Any:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evomerge.evaluation.encoding import Encoder
-from evomerge.evaluation.requests import Generation
+from evomerge.engines.encoding import Encoder
+from evomerge.evaluation.requests import Generated, Generation
 
 
 class GrowingText:
@@ -23,6 +23,7 @@ class GrowingText:
     def __init__(self, request: Generation, encoder: Encoder, ends: frozenset[int]) -> None:
         self.tokens: list[int] = []
         self.done = False
+        self._ended = False
         self._ends = ends
         self._max_tokens = request.max_tokens
         self._cuts = [stop for stop in (*request.stops, encoder.eos) if stop]
@@ -33,18 +34,21 @@ class GrowingText:
         """Take the next token; a text that is done ignores it."""
         if not self.done:
             self.tokens.append(token)
-            self.done = token in self._ends or len(self.tokens) >= self._max_tokens
+            self._ended = token in self._ends
+            self.done = self._ended or len(self.tokens) >= self._max_tokens
 
     def stops_in(self, tail: str) -> bool:
         """Whether a stop string is in the decoded end of the text."""
         return any(stop in tail for stop in self._cuts)
 
-    def cut(self, tokenizer: Any) -> str:
+    def result(self, tokenizer: Any) -> Generated:
         """Return the text up to the first stop string, without special tokens."""
-        text: str = tokenizer.decode(self.tokens, skip_special_tokens=True)
+        whole: str = tokenizer.decode(self.tokens, skip_special_tokens=True)
+        text = whole
         for stop in self._cuts:
             text = text.split(stop)[0]
-        return text
+        stopped = self._ended or text != whole
+        return Generated(text, truncated=not stopped and len(self.tokens) >= self._max_tokens)
 
 
 def mark_stopped(rows: Sequence[GrowingText], tokenizer: Any) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from evomerge.evaluation.engine import HFEngine
+from evomerge.engines.hf import HFEngine
 from evomerge.evaluation.requests import Generation, Loglikelihood
 from evomerge.merging import Materializer, open_parents
 from tests.merging.helpers import make_recipe

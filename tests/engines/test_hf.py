@@ -12,10 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from evomerge.engines.hf import HFEngine, default_batch_tokens, default_max_length, packing_name
+from evomerge.engines.packing import pack_generations, pack_scores
 from evomerge.errors import CandidateFailed, UserError
-from evomerge.evaluation.engine import HFEngine, default_batch_tokens, default_max_length, packing_name
-from evomerge.evaluation.packing import pack_generations, pack_scores
-from evomerge.evaluation.requests import Generation, Loglikelihood
+from evomerge.evaluation.requests import Generated, Generation, Loglikelihood
 from tests.evaluation.tiny import documents
 
 CPU = torch.device("cpu")
@@ -204,10 +204,12 @@ def test_finished_texts_leave_the_batch(model: Any, tokenizer: Any) -> None:
 
 def test_a_stop_string_ends_the_work(model: Any, tokenizer: Any) -> None:
     engine = HFEngine(model, tokenizer, batch_tokens=4096)
-    text = engine.generate([Generation("prompt", (), 9)])[0]
+    whole = engine.generate([Generation("prompt", (), 9)])[0]
+    assert whole.truncated
+    text = whole.text
     calls: list[int] = []
     hook = model.register_forward_pre_hook(lambda module, args: calls.append(1))
-    assert engine.generate([Generation("prompt", (text[1:3],), 9)]) == [text.split(text[1:3])[0]]
+    assert engine.generate([Generation("prompt", (text[1:3],), 9)]) == [Generated(text.split(text[1:3])[0])]
     hook.remove()
     assert len(calls) < 9
 

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from evomerge.engines.decoding import GrowingText, mark_stopped, penalise
+from evomerge.engines.encoding import Encoder
+from evomerge.engines.packing import VERSION, GenerationBatch, ScoreBatch, pack_generations, pack_scores
 from evomerge.errors import CandidateFailed, UserError
-from evomerge.evaluation.decoding import GrowingText, mark_stopped, penalise
-from evomerge.evaluation.encoding import Encoder
-from evomerge.evaluation.packing import VERSION, GenerationBatch, ScoreBatch, pack_generations, pack_scores
-from evomerge.evaluation.requests import Generation, Loglikelihood, Rolling
+from evomerge.evaluation.requests import Generated, Generation, Loglikelihood, Rolling
 
 Plan = TypeVar("Plan")
 _KEPT_PLANS = 512
@@ -139,7 +139,7 @@ class HFEngine:
         return [float(total) for total in totals]
 
     @torch.inference_mode()
-    def generate(self, requests: Sequence[Generation]) -> list[str]:
+    def generate(self, requests: Sequence[Generation]) -> list[Generated]:
         """Return the greedy continuations.
 
         A text ends at a stop string, at the tokenizer's or the model's EOS token, or after its number
@@ -150,12 +150,12 @@ class HFEngine:
             UserError: the model's generation config asks for what is not supported here.
         """
         batches = self._plan(("generate", *requests), lambda: self._pack_prompts(requests))
-        texts = [""] * len(requests)
+        answers = [Generated("")] * len(requests)
         for batch in batches:
             wanted = [requests[number] for number in batch.requests]
-            for number, text in zip(batch.requests, self._generate(batch, wanted), strict=True):
-                texts[number] = text
-        return texts
+            for number, answer in zip(batch.requests, self._generate(batch, wanted), strict=True):
+                answers[number] = answer
+        return answers
 
     def _plan(self, key: Any, make: Callable[[], Plan]) -> Plan:
         """Return the plan of these requests; the last `_KEPT_PLANS` are kept."""
@@ -286,7 +286,7 @@ class HFEngine:
         )
         return out.logits[:, -1].float(), out.past_key_values
 
-    def _generate(self, batch: GenerationBatch, requests: Sequence[Generation]) -> list[str]:
+    def _generate(self, batch: GenerationBatch, requests: Sequence[Generation]) -> list[Generated]:
         B, L = batch.ids_BL.shape
         P = len(batch.prefix)
         device = self.device
@@ -320,7 +320,7 @@ class HFEngine:
             mark_stopped(rows, self.tokenizer)
             running = [slot for slot, row in enumerate(rows) if not row.done]
             if not running:
-                return [text.cut(self.tokenizer) for text in texts]
+                return [text.result(self.tokenizer) for text in texts]
             # A row that is done may stay a while: taking rows out of the cache copies it.
             if len(running) <= 0.75 * len(rows):
                 keep = torch.tensor(running, device=device)

@@ -1,0 +1,52 @@
+"""The Hugging Face host: one live module whose parameters are written in place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from evomerge.config import Engine as EngineConfig
+from evomerge.engines.hf import HFEngine
+from evomerge.recipe import Recipe
+
+if TYPE_CHECKING:
+    from evomerge.checkpoints import Checkpoint
+
+
+class HFHost:
+    """Materialises recipes inside one live model; see `Host`.
+
+    Args:
+        settings: `device`, `batch_tokens` and `max_length` already decided.
+        checkpoints: the parents, by the names that recipes use.
+        tokenizer: of the merged models.
+    """
+
+    def __init__(self, settings: EngineConfig, checkpoints: Mapping[str, Checkpoint], tokenizer: Any) -> None:
+        from evomerge.merging import Materializer
+
+        self._settings = settings
+        self._tokenizer = tokenizer
+        self._materializer = Materializer(checkpoints, device=settings.device)
+        self._engine: HFEngine | None = None
+        self._held = ""
+
+    def hold(self, recipe: Recipe) -> HFEngine:
+        """See `Host.hold`; a new engine is made only where the model's shape changes."""
+        if self._engine is None or self._held != recipe.hash:
+            self._held = ""
+            model = self._materializer.materialize(recipe)
+            if self._engine is None or self._engine.model is not model:
+                self._engine = HFEngine(
+                    model,
+                    self._tokenizer,
+                    batch_tokens=int(self._settings.batch_tokens),
+                    max_length=self._settings.max_length,
+                    device=self._settings.device,
+                )
+            self._held = recipe.hash
+        return self._engine
+
+    def close(self) -> None:
+        """See `Host.close`."""
+        self._engine, self._held = None, ""

@@ -1,0 +1,50 @@
+"""Hosts: what turns a recipe into an engine that answers with its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+from evomerge.config import Engine as EngineConfig
+from evomerge.evaluation.requests import Engine
+from evomerge.recipe import Recipe
+
+if TYPE_CHECKING:
+    from evomerge.checkpoints import Checkpoint
+
+
+class Host(Protocol):
+    """Holds one model, and makes its weights those of one recipe after another."""
+
+    def hold(self, recipe: Recipe) -> Engine:
+        """Make the weights be this recipe's, unless they are already; return the engine around them.
+
+        An engine that was returned before answers with the new weights, or is of no more use.
+
+        Raises:
+            CandidateFailed: the merged weights or their logits are not finite.
+            UserError: the recipe does not fit the parents.
+        """
+
+    def close(self) -> None:
+        """Let the model and its memory go. May be called twice."""
+
+
+def open_host(settings: EngineConfig, checkpoints: Mapping[str, Checkpoint], tokenizer: Any) -> Host:
+    """Return the host that a config's `engine` asks for; the model is made with the first recipe.
+
+    Args:
+        settings: `device`, `batch_tokens` and `max_length` already decided.
+        checkpoints: the parents, by the names that recipes use.
+        tokenizer: of the merged models.
+    """
+    from evomerge.engines.hf_host import HFHost
+
+    return HFHost(settings, checkpoints, tokenizer)
+
+
+def packing_name(settings: EngineConfig) -> str:
+    """Return name and version of an engine's batching with its token budget, as blocks carry it."""
+    from evomerge.engines import hf
+
+    return hf.packing_name(int(settings.batch_tokens))
