@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 import threading
 from dataclasses import dataclass, field, replace
 
 import torch
 
-from evomerge.checkpoints.adapters import Adapter, Change, Product, combined_sha256, fit
+from evomerge.checkpoints.adapter_changes import Change, Product
+from evomerge.checkpoints.adapter_fit import fit
+from evomerge.checkpoints.adapters import Adapter
 from evomerge.checkpoints.completeness import head_name, input_embedding
 from evomerge.checkpoints.header import TensorInfo
 from evomerge.checkpoints.hub import commit_of
@@ -220,6 +223,11 @@ def adapt(base: Checkpoint, adapter: Adapter, *, name: str) -> AdaptedCheckpoint
         changes=changes,
         sources=sources,
     )
+
+
+def combined_sha256(base: str, adapter: str) -> str:
+    """Return the content hash of an adapted model from that of its base and its adapter."""
+    return hashlib.sha256(f"{base}\nlora {adapter}\n".encode()).hexdigest()
 
 
 def commits(checkpoint: Checkpoint, source: str, adapter: str | None) -> dict[str, str]:

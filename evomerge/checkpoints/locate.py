@@ -48,7 +48,7 @@ def find(source: str, revision: str | None = None, *, pickled: bool = False) -> 
                 f"{source}: revision '{revision}' is given, but this is a local folder; remove it"
             )
         folder = path.absolute()
-    elif source.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(source):
+    elif not is_hub_id(source):
         raise CheckpointError(
             f"{source}: no such folder; name a folder with a checkpoint, or a hub id like org/name"
         )
@@ -59,6 +59,11 @@ def find(source: str, revision: str | None = None, *, pickled: bool = False) -> 
     if not folder.is_dir():
         raise CheckpointError(f"{source}: is a file; name the folder that holds config.json and the weights")
     return folder
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether what is no folder here has the form of a hub id, ``org/name`` or ``name``."""
+    return not Path(source).expanduser().exists() and bool(_HUB_ID.fullmatch(source))
 
 
 def find_adapter(source: str, revision: str | None = None) -> Path:

@@ -19,10 +19,7 @@ import torch
 from evomerge.checkpoints import (
     Checkpoint,
     CheckpointWriter,
-    check_compatible,
-    check_tokenizers,
     commits,
-    open_checkpoint,
     parse_size,
 )
 from evomerge.checkpoints.names import parse
@@ -32,11 +29,12 @@ from evomerge.errors import CandidateFailed, CheckpointError, UserError
 from evomerge.mergekit import open_recipe
 from evomerge.merging.chat import chosen_templates
 from evomerge.merging.execute import NonFinite, Progress, execute
+from evomerge.merging.parents import adapter_doubts, open_parents, open_sources
 from evomerge.merging.plan import MergePlan, TensorJob, plan_merge
 from evomerge.merging.sinks import FileSink, HashSink, LiveSink, Sink
 from evomerge.merging.vocabulary import donor_of, output_vocabulary
 from evomerge.output import Output
-from evomerge.recipe import Recipe, Source
+from evomerge.recipe import Recipe
 from evomerge.statistics.jobs import without_statistics
 
 if TYPE_CHECKING:
@@ -56,6 +54,7 @@ __all__ = [
     "Progress",
     "Sink",
     "TensorJob",
+    "adapter_doubts",
     "execute",
     "live_model",
     "merge",
@@ -235,87 +234,6 @@ def _statistics(
     from evomerge.statistics.needed import provide
 
     return provide(recipe, checkpoints, report=report)
-
-
-def open_parents(recipe: Recipe) -> dict[str, Checkpoint]:
-    """Open every model of a recipe, by name, and check that they can be merged with one another.
-
-    What is odd but not wrong (another context length, no tokenizer) goes to the log as a warning.
-
-    Raises:
-        CheckpointError: a model cannot be read, or differs from the others in tensors, shapes or tokenizer.
-    """
-    checkpoints = open_sources(recipe.models, _under(recipe))
-    merged, speaking = _merged_together(recipe), _token_users(recipe)
-    warnings: list[str] = []
-    for (first, *others), any_depth in merged:
-        warnings += check_compatible(
-            checkpoints[first], {name: checkpoints[name] for name in others}, any_depth=any_depth
-        )
-    for first, *others in [*(names for names, _ in merged), speaking]:
-        warnings += check_tokenizers(checkpoints[first], {name: checkpoints[name] for name in others})
-    for warning in dict.fromkeys(warnings):
-        _log.warning("%s", warning)
-    return checkpoints
-
-
-def open_sources(sources: Mapping[str, Source], under: Mapping[str, str]) -> dict[str, Checkpoint]:
-    """Open models and adapted models by name; a base that several adapters lie on is opened once.
-
-    Args:
-        sources: where they come from.
-        under: for the name of a model that may be an adapter alone, the name of the model it then lies on.
-
-    Raises:
-        CheckpointError: a model cannot be read, or an adapter does not fit its base.
-    """
-    opened: dict[str, Checkpoint] = {}
-    plain: dict[tuple[str, str | None], Checkpoint] = {}
-    for name in sorted(sources, key=lambda name: (name in under, sources[name].adapter is not None)):
-        source = sources[name]
-        place = (source.source, source.revision)
-        base = opened.get(under.get(name, "")) if source.adapter is None else plain.get(place)
-        opened[name] = open_checkpoint(
-            source.source,
-            revision=source.revision,
-            adapter=source.adapter,
-            adapter_revision=source.adapter_revision,
-            name=name,
-            base=base,
-        )
-        if source.adapter is None:
-            plain[place] = opened[name]
-    return {name: opened[name] for name in sources}
-
-
-def _under(recipe: Recipe) -> dict[str, str]:
-    """Return the base of the merge that a model is an input of, by the model's name."""
-    bases = {merge.base for merge in recipe.merges.values()}
-    return {
-        name: merge.base
-        for merge in recipe.merges.values()
-        for name in merge.inputs
-        if merge.base is not None and name not in bases
-    }
-
-
-def _merged_together(recipe: Recipe) -> list[tuple[list[str], bool]]:
-    """The models of each merge, its donor first, and whether they may differ in their number of layers."""
-    chosen = {hop.merge for hop in recipe.path or () if hop.layers}
-    return [
-        (list(dict.fromkeys([donor_of(recipe, name), *merge.inputs])), name in chosen)
-        for name, merge in recipe.merges.items()
-    ]
-
-
-def _token_users(recipe: Recipe) -> list[str]:
-    """Models that must agree on tokens: those of the embedding and the head, and the tokenizer's donor."""
-    ends = [recipe.path[0], recipe.path[-1]] if recipe.path else []
-    sources = [str(hop.model or hop.merge) for hop in ends] or list(recipe.merges)
-    donors = [donor_of(recipe, source) for source in sources]
-    source = recipe.output.vocabulary.source
-    named = [source] if recipe.output.tokenizer is not None and source in recipe.models else []
-    return list(dict.fromkeys([*donors, *named]))
 
 
 def verify_sources(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> None:

@@ -75,12 +75,14 @@ class Setup:
 def open_models(config: Config) -> tuple[dict[str, Checkpoint], tuple[str, ...]]:
     """Open base and experts and check that they can be merged; return them and the warnings."""
     from evomerge.checkpoints import check_compatible, check_tokenizers
-    from evomerge.merging import open_sources
+    from evomerge.merging import adapter_doubts, open_sources
 
-    opened = open_sources(_sources(config), {})
+    sources = _sources(config)
+    opened = open_sources(sources, {})
     experts = {name: opened[name] for name in config.models.experts}
     warnings = check_compatible(opened[BASE], experts)
     warnings += check_tokenizers(opened[BASE], experts) or []
+    warnings += adapter_doubts(sources, opened, {})
     return opened, tuple(warnings)
 
 

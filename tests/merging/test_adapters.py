@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,12 @@ def adapters_of(zoo: dict[str, Path]) -> dict[str, dict[str, str]]:
         "base": {"source": str(zoo["base"])},
         **{name: {"source": str(zoo["base"]), "adapter": str(zoo[name])} for name in "xy"},
     }
+
+
+def run_merge(recipe: Path, out: Path) -> subprocess.CompletedProcess[str]:
+    """Merge in a process of its own, whose stderr is what a user sees."""
+    command = [sys.executable, "-m", "evomerge", "merge", str(recipe), str(out)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def recipe_over(models: dict[str, dict[str, str]], method: str, **parts: object) -> Recipe:
@@ -98,6 +106,38 @@ def test_an_adapter_alone_lies_on_the_merges_base_and_not_on_its_own(zoo, tmp_pa
     opened = open_parents(recipe)
     assert opened["x"].path == moved
     assert opened["x"].base is opened["base"] is opened["y"].base
+
+
+def test_an_adapter_of_another_model_is_doubted_in_one_line(zoo, tmp_path):
+    moved = make_model(tmp_path / "moved", seed=9, dtype=torch.bfloat16)
+    recipe = recipe_over({"base": str(moved), "x": str(zoo["x"]), "y": str(moved)}, "ties")
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    done = run_merge(tmp_path / "recipe.yaml", tmp_path / "out")
+    assert done.returncode == 0
+    doubts = [line for line in done.stderr.splitlines() if "was trained on" in line]
+    assert doubts == [
+        f"{zoo['x']}: the adapter was trained on '{zoo['base']}' (adapter_config.json), here it lies on "
+        f"'{moved}'; that is right only if both are the same model"
+    ]
+
+
+def test_adapters_on_their_own_base_raise_no_doubt(zoo, tmp_path):
+    recipe = recipe_over(adapters_of(zoo), "ties")
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    assert "trained on" not in run_merge(tmp_path / "recipe.yaml", tmp_path / "out").stderr
+
+
+def test_an_adapter_whose_targets_the_base_lacks_is_refused(zoo, tmp_path, capsys):
+    foreign = make_model(tmp_path / "foreign", kind="gpt2")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        recipe_over({"base": str(foreign), "x": str(zoo["x"]), "y": str(foreign)}, "ties").to_yaml()
+    )
+    assert main(["merge", str(recipe), str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert f"{zoo['x']}: the adapter changes 'model." in said
+    assert f"which {foreign} lacks" in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_hash_of_a_recipe_knows_content_and_not_place(zoo, tmp_path):
