@@ -43,6 +43,14 @@ class CandidateFailed(Exception):
     """
 
 
+class EngineLost(Exception):
+    """The engine crashed, or memory ran out: what it held is gone, and nothing was scored.
+
+    It is an infrastructure failure, never an outcome: the worker lets engine and model go, the request is
+    tried again on new ones, and a request that is lost again and again stops the run, resumable.
+    """
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return `` (did you mean 'x'?)`` for the known name closest to `name`, or an empty string."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

@@ -17,6 +17,7 @@ from evomerge.engines.encoding import Encoder
 from evomerge.engines.packing import VERSION, GenerationBatch, ScoreBatch, pack_generations, pack_scores
 from evomerge.errors import CandidateFailed, UserError
 from evomerge.evaluation.requests import Generated, Generation, Loglikelihood, Rolling
+from evomerge.losses import loss
 
 Plan = TypeVar("Plan")
 _KEPT_PLANS = 512
@@ -336,13 +337,15 @@ class HFEngine:
             position = position + 1
 
     def _try(self, trial: Callable[[], bool]) -> bool:
-        """Whether a saving works on this model; one that raises does not."""
+        """Whether a saving works on this model; one that raises does not, unless the engine is lost with it."""
         try:
             with torch.inference_mode():
                 return trial()
         except CandidateFailed:
             raise
-        except Exception:
+        except Exception as error:
+            if loss(error) is not None:
+                raise
             return False
 
     def _head_is_linear(self) -> bool:

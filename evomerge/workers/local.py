@@ -43,12 +43,9 @@ class LocalExecutor:
             return None
         assert self._worker is not None, "start() comes first"
         work = take(self._queue, self._held, ())
-        try:
-            result = self._worker.run(work)
-        except MemoryError as error:
-            return WorkerLost(work=work.id, reason=f"out of memory: {error}", worker="local")
-        self._held = work.recipes[-1].hash
-        return result
+        answer = self._worker.run(work)
+        self._held = "" if isinstance(answer, WorkerLost) else work.recipes[-1].hash
+        return answer
 
     def preview(self, recipe: Recipe, items: Sequence[Item]) -> list[Preview]:
         """See `Executor.preview`."""

@@ -34,7 +34,7 @@ OBJECT_STORE_BYTES = 128 << 20
 
 @dataclass
 class _Slot:
-    """One worker: its actor, what it does and what it holds."""
+    """One worker: its actor, what it does, what it holds, and how often running it has lost its engine."""
 
     name: str
     actor: Any
@@ -42,6 +42,7 @@ class _Slot:
     work: Work | None = None
     held: str = ""
     starting: bool = field(default=True)
+    losses: int = 0
 
 
 class RayExecutor:
@@ -237,10 +238,7 @@ class RayExecutor:
         try:
             answer = ray.get(task)
         except ray.exceptions.RayTaskError as error:
-            cause = _cause(error)
-            if isinstance(cause, MemoryError) and work is not None:
-                return WorkerLost(work=work.id, reason=f"out of memory: {cause}", worker=slot.name)
-            raise cause from None
+            raise _cause(error) from None
         except ray.exceptions.RayError as error:
             reason = _first_line(error)
             self._slots[self._slots.index(slot)] = self._spawn()
@@ -256,6 +254,15 @@ class RayExecutor:
                 raise InfrastructureError("a replaced worker came up with another engine fingerprint")
             self._assign()
             return None
+        if isinstance(answer, WorkerLost):
+            slot.held = ""
+            slot.losses += 1
+            if slot.losses > 1:
+                # A new engine in the old process was lost as well.
+                ray.kill(slot.actor)
+                self._slots[self._slots.index(slot)] = self._spawn()
+        else:
+            slot.losses = 0
         return answer  # type: ignore[no-any-return]
 
 
@@ -274,7 +281,7 @@ def _cores() -> int:
 def _cause(error: Any) -> Exception:
     """The exception that was raised in the worker; our own kinds keep their type and message."""
     cause = getattr(error, "cause", None)
-    if isinstance(cause, EvomergeError | MemoryError):
+    if isinstance(cause, EvomergeError):
         kind = next((k for k in (UserError, InfrastructureError) if isinstance(cause, k)), type(cause))
         return kind(str(cause.args[0]) if cause.args else "")
     return InfrastructureError(f"a worker failed: {type(cause).__name__}: {cause}") if cause else error

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from evomerge.config import Engine as EngineConfig
 from evomerge.config import Splits, Suite
 from evomerge.environment import prepare
-from evomerge.errors import CandidateFailed, UserError
+from evomerge.errors import CandidateFailed, InfrastructureError, UserError
 from evomerge.evaluation.items import SPLITS, Block, Item, ItemScore, Split
+from evomerge.losses import free_memory, loss
 from evomerge.recipe import Recipe, Source
-from evomerge.workers.work import Outcome, Result, Work
+from evomerge.workers.work import Outcome, Result, Work, WorkerLost
 
 if TYPE_CHECKING:
     from evomerge.checkpoints import Checkpoint
+    from evomerge.engines import Host
     from evomerge.evaluation.requests import Engine
     from evomerge.evaluation.suite import Preview
 
@@ -62,39 +65,60 @@ class Worker:
 
         Raises:
             UserError: the files are not what the driver saw, or the first recipe cannot be scored at all.
+            InfrastructureError: the engine does not start, or not in the memory there is.
         """
-        self._bench = _Bench(self._spec, recipe)
         try:
+            self._bench = _Bench(self._spec, recipe)
             return self._bench.hold(recipe).fingerprint
         except CandidateFailed as reason:
             raise UserError(
                 f"{next(iter(self._spec.sources.values())).source}: cannot be scored: {reason}"
             ) from None
+        except Exception as error:
+            lost = loss(error)
+            if lost is None:
+                raise
+            raise InfrastructureError(f"worker {self.name} cannot start its engine: {lost}") from None
 
     def process_id(self) -> int:
         """Return the id of the process that the worker lives in."""
         return os.getpid()
 
-    def run(self, work: Work) -> Result:
+    def run(self, work: Work) -> Result | WorkerLost:
         """Score each recipe of a request on its block.
 
-        Raises:
-            MemoryError: the host's or the device's memory is exhausted, whatever torch calls it.
+        Where the engine is lost on the way, it is let go with all that it held, and the next request gets a
+        new one.
         """
         bench = self._ready()
         try:
             outcomes = tuple(_score(bench, recipe, work.block) for recipe in work.recipes)
-        except RuntimeError as error:
-            if _is_out_of_memory(error):
-                raise MemoryError(str(error).splitlines()[0]) from None
-            raise
-        return Result(work=work.id, outcomes=outcomes, fingerprint=bench.fingerprint, worker=self.name)
+            return Result(work=work.id, outcomes=outcomes, fingerprint=bench.fingerprint, worker=self.name)
+        except Exception as error:
+            lost = loss(error)
+            if lost is None:
+                raise
+        # Out here, where the error no longer holds on to what filled the memory.
+        bench.drop_engine()
+        return WorkerLost(work=work.id, reason=lost, worker=self.name)
 
     def preview(self, recipe: Recipe, items: Sequence[Item]) -> list[Preview]:
-        """Let a recipe answer single items, and show prompt, answer, extracted value and score."""
+        """Let a recipe answer single items, and show prompt, answer, extracted value and score.
+
+        Raises:
+            InfrastructureError: the engine was lost, and a new one too.
+        """
         bench = self._ready()
-        engine = bench.hold(recipe)
-        return [bench.suite.preview(engine, item) for item in items]
+        for _ in range(2):
+            try:
+                engine = bench.hold(recipe)
+                return [bench.suite.preview(engine, item) for item in items]
+            except Exception as error:
+                lost = loss(error)
+                if lost is None:
+                    raise
+            bench.drop_engine()
+        raise InfrastructureError(f"worker {self.name} lost its engine twice, the last time: {lost}")
 
     def _ready(self) -> _Bench:
         if self._bench is None:
@@ -117,17 +141,30 @@ class _Bench:
             torch.set_num_threads(1)
         checkpoints = _open(spec.sources)
         tokenizer = output_tokenizer(recipe, checkpoints)
-        self._host = open_host(spec.engine, checkpoints, tokenizer)
+        self._open: Callable[[], Host] = lambda: open_host(spec.engine, checkpoints, tokenizer)
+        self._host: Host | None = None
         self.fingerprint = ""
         self.suite = BuiltSuite.build(
             spec.suite, spec.splits, tokenizer, splits_needed=spec.splits_needed, file=spec.config_file
         )
 
     def hold(self, recipe: Recipe) -> Engine:
-        """Return the engine with this recipe's weights."""
+        """Return the engine with this recipe's weights; a new one after `drop_engine`."""
+        if self._host is None:
+            self._host = self._open()
         engine = self._host.hold(recipe)
         self.fingerprint = engine.fingerprint
         return engine
+
+    def drop_engine(self) -> None:
+        """Let engine, live model and all that was computed for them go."""
+        host, self._host = self._host, None
+        if host is not None:
+            # What has crashed may fail to close, too.
+            with contextlib.suppress(Exception):
+                host.close()
+        del host
+        free_memory()
 
 
 def _open(sources: Mapping[str, Source]) -> dict[str, Checkpoint]:
@@ -166,9 +203,3 @@ def _score(bench: _Bench, recipe: Recipe, block: Block) -> Outcome:
         merge_seconds=merged - started,
         score_seconds=time.perf_counter() - merged,
     )
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    import torch
-
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
