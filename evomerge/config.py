@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -164,9 +165,15 @@ class Splits(Frozen):
 
 
 class TaskSpec(Frozen):
-    """One task of the suite, as lm-eval knows it."""
+    """One task of the suite, as lm-eval knows it.
+
+    Attributes:
+        name: what results call it; by default the task's name, and with the metric where the suite lists the
+            task more than once.
+    """
 
     task: str
+    name: Annotated[str, Field(min_length=1)]
     metric: str = "auto"
     weight: Annotated[Number, Field(gt=0)] = 1.0
     splits: Splits | None = None
@@ -182,7 +189,10 @@ class TaskSpec(Frozen):
             raise ValueError(
                 f"{shown(data)} is not accepted: give a task's name or {{task: ..., metric: ...}}"
             )
-        return {"task": data} if isinstance(data, str) else data
+        data = {"task": data} if isinstance(data, str) else data
+        if isinstance(data, dict) and "task" in data and data.get("name") is None:
+            return {**data, "name": data["task"]}
+        return data
 
 
 class Suite(Frozen):
@@ -209,11 +219,18 @@ class Suite(Frozen):
     @field_validator("tasks")
     @classmethod
     def _unique(cls, tasks: tuple[TaskSpec, ...]) -> tuple[TaskSpec, ...]:
-        names = [task.task for task in tasks]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"the task '{name}' is listed twice")
-        return tasks
+        """Let a task that is listed with several metrics be called by task and metric."""
+        names = Counter(task.name for task in tasks)
+        named = tuple(
+            task.model_copy(update={"name": f"{task.task}:{task.metric}"})
+            if names[task.name] > 1 and task.name == task.task
+            else task
+            for task in tasks
+        )
+        for name, count in Counter(task.name for task in named).items():
+            if count > 1:
+                raise ValueError(f"two tasks are called '{name}'; give one of them another metric or name")
+        return named
 
 
 class Engine(Frozen):
@@ -289,7 +306,7 @@ class Config(Frozen):
                 self.space.data.check_inputs(tuple(self.models.experts))
             except ValueError as error:
                 raise ValueError(f"space.data.{error}") from None
-            known_tasks = [task.task for task in self.suite.tasks]
+            known_tasks = [task.name for task in self.suite.tasks]
             for name in self.space.data.tasks:
                 if name not in known_tasks:
                     raise ValueError(

@@ -305,7 +305,10 @@ MISTAKES = [
     ("suite.tasks=[]", "suite.tasks: is empty; give at least 1 entry"),
     ("suite={include: []}", "suite.tasks: this key is required"),
     ("suite.tasks=zoo_add", "suite.tasks: 'zoo_add' is not accepted: give a list"),
-    ("suite.tasks=[zoo_add, {task: zoo_add, weight: 2}]", "suite.tasks: the task 'zoo_add' is listed twice"),
+    (
+        "suite.tasks=[zoo_add, {task: zoo_add, weight: 2}]",
+        "suite.tasks: two tasks are called 'zoo_add:auto'; give one of them another metric or name",
+    ),
     ("suite.tasks=[3]", "suite.tasks.0: 3 is not accepted: give a task's name or {task: ..., metric: ...}"),
     ("suite.tasks=[{metric: acc}]", "suite.tasks.0.task: this key is required"),
     ("suite.tasks.0.weight=0", f"suite.tasks.0.weight: 0 {POSITIVE}"),

@@ -1,140 +1,153 @@
-"""Items ready to be asked, and what the engine's answers to them are worth."""
+"""What a task of a suite is: items ready to be asked, and a scorer that knows what the answers are worth."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from evomerge.errors import UserError
 from evomerge.evaluation.guards import Answers, check_finite
-from evomerge.evaluation.items import Item
+from evomerge.evaluation.items import Item, Split
 from evomerge.evaluation.metrics import Metric
-from evomerge.evaluation.requests import Engine, Generation, Loglikelihood, Rolling
-from evomerge.evaluation.tasks import Request
+from evomerge.evaluation.preview import Preview
+from evomerge.evaluation.requests import Answer, Engine, Generation, Loglikelihood, Request, Rolling
 
 REQUEST_KINDS = (Loglikelihood, Rolling, Generation)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """An item with all that scoring needs of it."""
+    """An item with all that asking and scoring it needs.
+
+    Attributes:
+        item: the item.
+        requests: what the engine is asked; empty where the scorer asks by itself.
+        scorer: of the item's task.
+        reference: the prompt and the right answer, as they follow each other; None if there is no such text.
+        material: what the scorer keeps with the item.
+    """
 
     item: Item
-    task: Any
-    metric: Metric
-    instances: list[Any]
     requests: tuple[Request, ...]
-    gold: Any
-    choices: tuple[str, ...] | None
+    scorer: Scorer
+    reference: tuple[str, str] | None
+    material: Any
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An entry and the engine's answers to its requests, in their order."""
+
+    entry: Entry
+    answers: tuple[Answer, ...]
+
+
+class Scorer(Protocol):
+    """Scores the items of one task and split."""
+
+    def score(self, replies: Sequence[Reply], engine: Engine) -> list[tuple[float, float]]:
+        """Return (raw, value in [0, 1]) of each reply.
+
+        Args:
+            replies: all those of one block.
+            engine: for scorers that ask by themselves.
+
+        Raises:
+            CandidateFailed: a score is not finite.
+            UserError: the task's own code fails, or returns no such score.
+        """
+        ...
+
+    def given(self, replies: Sequence[Reply]) -> Answers | None:
+        """Return what was answered, if answers that do not depend on the item mean a broken model."""
+        ...
+
+    def preview(self, reply: Reply, engine: Engine) -> Preview:
+        """Return what a person wants to see of one item."""
+        ...
+
+
+class Task(Protocol):
+    """One task of a suite, before its items are rendered.
+
+    Attributes:
+        metric: its fitness.
+        output_type: lm-eval's word for what is asked, or ``python``.
+        documents: split → its documents.
+    """
+
+    metric: Metric
+    output_type: str
+
+    @property
+    def documents(self) -> Mapping[Split, Sequence[Any]]: ...
+
+    def entries(self, split: Split) -> list[Entry]:
+        """Return an entry for each document of a split."""
+        ...
 
 
 @dataclass(frozen=True)
 class Questions:
-    """The requests of some items by kind, and where each item's answers are among them."""
+    """Some entries, their requests by kind, and each scorer with the places of its entries."""
 
     entries: tuple[Entry, ...]
     asked: Mapping[type, tuple[Request, ...]]
-
-
-def gold_of(task: Any, doc: Any) -> tuple[Any, tuple[str, ...] | None]:
-    """Return the reference, as an index where there are choices, and the choices."""
-    if task.OUTPUT_TYPE != "multiple_choice":
-        return task.doc_to_target(doc), None
-    choices = tuple(map(str, task.doc_to_choice(doc)))
-    gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
-    return choices.index(gold) if isinstance(gold, str) and gold in choices else gold, choices
-
-
-def reference_of(entry: Entry) -> tuple[str, str] | None:
-    """Return an item's prompt and its right answer, as they follow each other; None if there is none."""
-    request = entry.requests[0]
-    if isinstance(request, Rolling):
-        return "", request.text
-    if entry.choices is not None:
-        gold = entry.gold[0] if isinstance(entry.gold, list) and entry.gold else entry.gold
-        if not isinstance(gold, int) or not 0 <= gold < len(entry.choices):
-            return None
-        request = entry.requests[gold]
-    if isinstance(request, Loglikelihood):
-        return request.context, request.continuation
-    gold = entry.gold[0] if isinstance(entry.gold, list | tuple) and entry.gold else entry.gold
-    if not isinstance(gold, str | int | float) or not isinstance(request, Generation):
-        return None
-    return request.context, f"{entry.task.config.target_delimiter}{gold}"
+    groups: tuple[tuple[Scorer, tuple[int, ...]], ...]
 
 
 def ask_of(entries: Iterable[Entry]) -> Questions:
+    """Collect what a block of entries asks: all tasks' requests of one kind go to the engine together."""
     entries = tuple(entries)
     asked: dict[type, tuple[Request, ...]] = {
         kind: tuple(request for entry in entries for request in entry.requests if isinstance(request, kind))
         for kind in REQUEST_KINDS
     }
-    return Questions(entries, asked)
+    groups: dict[int, tuple[Scorer, list[int]]] = {}
+    for place, entry in enumerate(entries):
+        groups.setdefault(id(entry.scorer), (entry.scorer, []))[1].append(place)
+    return Questions(entries, asked, tuple((scorer, tuple(places)) for scorer, places in groups.values()))
 
 
-def answer(engine: Engine, questions: Questions) -> None:
-    """Give every instance its response, checked to be finite, in place of any earlier one; then filter."""
+def answer(engine: Engine, questions: Questions) -> list[Reply]:
+    """Return the reply to each entry, checked to be finite.
+
+    Raises:
+        CandidateFailed: a log-probability or a logit is not finite.
+    """
     asked: Mapping[type, Any] = questions.asked
-    answers: dict[type, list[Any]] = {}
+    answers: dict[type, Sequence[Answer]] = {}
     if asked[Loglikelihood]:
-        answers[Loglikelihood] = engine.loglikelihood(asked[Loglikelihood])
-        check_finite((logprob for logprob, _ in answers[Loglikelihood]), "a log-probability")
+        pairs = engine.loglikelihood(asked[Loglikelihood])
+        check_finite((logprob for logprob, _ in pairs), "a log-probability")
+        answers[Loglikelihood] = pairs
     if asked[Rolling]:
-        answers[Rolling] = engine.loglikelihood_rolling(asked[Rolling])
-        check_finite(answers[Rolling], "a log-probability")
+        answers[Rolling] = rolled = engine.loglikelihood_rolling(asked[Rolling])
+        check_finite(rolled, "a log-probability")
     if asked[Generation]:
-        answers[Generation] = [answer.text for answer in engine.generate(asked[Generation])]
+        answers[Generation] = engine.generate(asked[Generation])
     streams = {kind: iter(given) for kind, given in answers.items()}
-    by_task: dict[int, tuple[Any, list[Any]]] = {}
-    for entry in questions.entries:
-        for instance, request in zip(entry.instances, entry.requests, strict=True):
-            instance.resps = [next(streams[type(request)])] * max(1, instance.repeats or 1)
-            instance.filtered_resps = {}
-        by_task.setdefault(id(entry.task), (entry.task, []))[1].extend(entry.instances)
-    for task, instances in by_task.values():
-        task.filter_responses(instances)
+    return [
+        Reply(entry, tuple(next(streams[type(request)]) for request in entry.requests))
+        for entry in questions.entries
+    ]
 
 
-def results_of(entry: Entry) -> Mapping[str, Any]:
-    """Return the item's metrics as the task computes them."""
-    filtered = [instance.filtered_resps[entry.metric.filter] for instance in entry.instances]
-    try:
-        results: Mapping[str, Any] = entry.task.process_results(entry.instances[0].doc, filtered)
-    except Exception as error:
-        raise UserError(
-            f"task '{entry.item.task}': its metrics cannot be computed for document {entry.item.index}: "
-            f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
-        ) from error
-    if entry.metric.name not in results:
-        raise UserError(
-            f"task '{entry.item.task}': no '{entry.metric.name}' among its results; choose one of "
-            f"{', '.join(results)}"
-        )
-    return results
-
-
-def choice_of(entry: Entry) -> int:
-    """Return the most probable choice."""
-    assert entry.choices is not None
-    logprobs = [instance.resps[0][0] for instance in entry.instances[: len(entry.choices)]]
-    return logprobs.index(max(logprobs))
-
-
-def answers_of(entries: Iterable[Entry]) -> dict[str, Answers]:
-    """Return what was answered, by task, for the tasks that have answers."""
-    by_task: dict[str, list[Entry]] = {}
-    for entry in entries:
-        if entry.choices is not None or isinstance(entry.requests[0], Generation):
-            by_task.setdefault(entry.item.task, []).append(entry)
+def given_by(questions: Questions, replies: Sequence[Reply]) -> dict[str, Answers]:
+    """Return what was answered, by task, for the tasks whose answers can be degenerate."""
     answers = {}
-    for name, group in by_task.items():
-        if group[0].choices is not None:
-            fewest = min(len(entry.choices or ()) for entry in group)
-            answers[name] = Answers(
-                [choice_of(entry) for entry in group], [entry.gold for entry in group], fewest
-            )
-        else:
-            texts = [entry.instances[0].resps[0].strip() for entry in group]
-            answers[name] = Answers(texts, [entry.gold for entry in group], None)
+    for scorer, places in questions.groups:
+        given = scorer.given([replies[place] for place in places])
+        if given is not None:
+            answers[replies[places[0]].entry.item.task] = given
     return answers
+
+
+def score_all(engine: Engine, questions: Questions, replies: Sequence[Reply]) -> list[tuple[float, float]]:
+    """Return (raw, value) of each reply; see `Scorer.score`."""
+    scores: list[tuple[float, float]] = [(0.0, 0.0)] * len(replies)
+    for scorer, places in questions.groups:
+        found = scorer.score([replies[place] for place in places], engine)
+        for place, score in zip(places, found, strict=True):
+            scores[place] = score
+    return scores

@@ -16,7 +16,7 @@ class Item:
     """One question of a task.
 
     Attributes:
-        id: sha256 over the task's config, the rendered requests and the references.
+        id: sha256 over the task's config with its metric, the rendered requests and the references.
         task: name of the suite's task.
         split: which of the three disjoint sets it belongs to.
         index: position among the documents of the task's data split.

@@ -44,6 +44,12 @@ class Generated:
     truncated: bool = False
 
 
+Request = Loglikelihood | Rolling | Generation
+
+Answer = tuple[float, bool] | float | Generated
+"""What an engine answers to a `Loglikelihood` (log-probability, greedy), a `Rolling`, a `Generation`."""
+
+
 class Engine(Protocol):
     """A model that answers requests.
 

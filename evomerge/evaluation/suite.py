@@ -13,30 +13,14 @@ from evomerge.config import Splits
 from evomerge.config import Suite as SuiteConfig
 from evomerge.errors import UserError, at
 from evomerge.evaluation.blocks import cut_blocks
-from evomerge.evaluation.entries import (
-    Entry,
-    Questions,
-    answer,
-    answers_of,
-    ask_of,
-    gold_of,
-    reference_of,
-    results_of,
-)
+from evomerge.evaluation.entries import Entry, Questions, Task, answer, ask_of, given_by, score_all
 from evomerge.evaluation.guards import check_answers
+from evomerge.evaluation.harness import HarnessTask
 from evomerge.evaluation.items import SPLITS, Block, Item, ItemScore, Split
-from evomerge.evaluation.metrics import Metric, choose_metric
-from evomerge.evaluation.preview import Preview, show
+from evomerge.evaluation.preview import Preview
 from evomerge.evaluation.requests import Engine
-from evomerge.evaluation.splits import GROUP_HELP, TaskSplits
-from evomerge.evaluation.tasks import (
-    ChatTemplate,
-    build_instances,
-    chat_template,
-    item_id,
-    load_source,
-    request_of,
-)
+from evomerge.evaluation.splits import GROUP_HELP
+from evomerge.evaluation.tasks import ChatTemplate, chat_template
 
 __all__ = ["Preview", "Suite", "SuiteTask"]
 
@@ -114,19 +98,22 @@ class Suite:
         entries: dict[Split, list[Entry]] = {split: [] for split in needed}
         for number, spec in enumerate(config.tasks):
             key = f"suite.tasks.{number}"
-            source = load_source(spec, config, key=key, file=file)
-            parts = TaskSplits(source, splits, file)
-            metric = choose_metric(parts.tasks["search"], spec.metric, spec.task, file, f"{key}.metric")
-            counts: dict[Split, int] = {split: len(documents) for split, documents in parts.documents.items()}
+            task: Task = HarnessTask(spec, config, splits, template, key=key, file=file)
+            counts: dict[Split, int] = {split: len(documents) for split, documents in task.documents.items()}
             for split in needed:
-                rendered = _render(parts, split, metric, template)
+                rendered = _unique(task.entries(split), spec.name, split)
                 entries[split] += rendered
                 counts[split] = len(rendered)
-            _check_disjoint(entries, spec.task, at(file, key))
-            kind = str(parts.tasks["search"].OUTPUT_TYPE)
+            _check_disjoint(entries, spec.name, at(file, key))
             tasks.append(
                 SuiteTask(
-                    spec.task, metric.name, metric.filter, spec.weight, kind, metric.higher_is_better, counts
+                    name=spec.name,
+                    metric=task.metric.name,
+                    filter=task.metric.filter,
+                    weight=spec.weight,
+                    output_type=task.output_type,
+                    higher_is_better=task.metric.higher_is_better,
+                    counts=counts,
                 )
             )
         return cls(tasks, entries)
@@ -145,7 +132,7 @@ class Suite:
 
         The prompt of a text that is scored as a whole is empty. Items whose reference is no text are left out.
         """
-        known = [reference_of(entry) for entry in self._of("search").values() if entry.item.task == task]
+        known = [entry.reference for entry in self._of("search").values() if entry.item.task == task]
         return [pair for pair in known if pair is not None and pair[1]]
 
     def sha256(self, split: Split) -> str:
@@ -184,14 +171,14 @@ class Suite:
                 )
             self._questions[block] = ask_of(known[item] for item in block.items)
         questions = self._questions[block]
-        answer(engine, questions)
+        replies = answer(engine, questions)
         if check_degenerate:
-            check_answers(answers_of(questions.entries))
-        scores = []
-        for entry in questions.entries:
-            raw, value = entry.metric.item(results_of(entry)[entry.metric.name], entry.item.task)
-            scores.append(ItemScore(entry.item.id, entry.item.task, raw, value))
-        return tuple(scores)
+            check_answers(given_by(questions, replies))
+        scores = score_all(engine, questions, replies)
+        return tuple(
+            ItemScore(entry.item.id, entry.item.task, raw, value)
+            for entry, (raw, value) in zip(questions.entries, scores, strict=True)
+        )
 
     def preview(self, engine: Engine, item: Item | str) -> Preview:
         """Ask one item, given by itself or by its id, and show prompt, answer and what was made of it.
@@ -200,8 +187,8 @@ class Suite:
             CandidateFailed: as `score`.
         """
         entry = self._find(item)
-        answer(engine, ask_of([entry]))
-        return show(entry)
+        (reply,) = answer(engine, ask_of([entry]))
+        return entry.scorer.preview(reply, engine)
 
     def _of(self, split: Split) -> dict[str, Entry]:
         if split not in self._entries:
@@ -216,32 +203,31 @@ class Suite:
         raise ValueError(f"the suite has no item {identity}")
 
 
-def _render(parts: TaskSplits, split: Split, metric: Metric, template: ChatTemplate | None) -> list[Entry]:
-    """Build a task's items of one split, sorted by id; equal ones are kept once."""
-    task, name = parts.tasks[split], parts.source.spec.task
-    entries: dict[str, Entry] = {}
-    for index, doc in parts.documents[split]:
-        instances = build_instances(task, index, doc, template)
-        requests = tuple(request_of(instance, name) for instance in instances)
-        identity = item_id(parts.source, requests, task.doc_to_target(doc), doc)
-        if identity not in entries:
-            item = Item(identity, name, split, index)
-            gold, choices = gold_of(task, doc)
-            entries[identity] = Entry(item, task, metric, instances, requests, gold, choices)
-    twice = len(parts.documents[split]) - len(entries)
+def _unique(entries: Sequence[Entry], task: str, split: Split) -> list[Entry]:
+    """Return the entries of one task and split, sorted by id; equal ones are kept once."""
+    unique: dict[str, Entry] = {}
+    for entry in entries:
+        unique.setdefault(entry.item.id, entry)
+    twice = len(entries) - len(unique)
     if twice:
-        log.warning("task '%s': %d duplicates among its %s items are counted once", name, twice, split)
-    return [entries[identity] for identity in sorted(entries)]
+        log.warning("task '%s': %d duplicates among its %s items are counted once", task, twice, split)
+    return [unique[identity] for identity in sorted(unique)]
 
 
 def _check_disjoint(entries: Mapping[Split, Sequence[Entry]], task: str, place: str) -> None:
-    owner: dict[str, Split] = {}
+    """Refuse items that a task has in two splits, or shares with an earlier task."""
+    owner: dict[str, Item] = {}
     shared = 0
     for split, ordered in entries.items():
         for entry in ordered:
-            if entry.item.task == task:
-                shared += owner.setdefault(entry.item.id, split) != split
+            other = owner.setdefault(entry.item.id, entry.item)
+            if entry.item.task == task and other.task != task:
+                raise UserError(
+                    f"{place}task '{task}' asks and scores the very items of '{other.task}'; take one of them out, "
+                    "and give the other their weights together"
+                )
+            shared += entry.item.task == task and other.split != split
     if shared:
         raise UserError(
-            f"{place}: task '{task}': {shared} items are in two splits; take them out of one file ({GROUP_HELP})"
+            f"{place}task '{task}': {shared} items are in two splits; take them out of one file ({GROUP_HELP})"
         )

@@ -15,11 +15,11 @@ from evomerge.config import TaskSpec
 from evomerge.errors import UserError, at
 from evomerge.evaluation.data import load_documents, quiet
 from evomerge.evaluation.definitions import Definition, PythonCall, check_trust, find_definition
-from evomerge.evaluation.requests import Generation, Loglikelihood, Rolling
+from evomerge.evaluation.metrics import Metric
+from evomerge.evaluation.requests import Generation, Loglikelihood, Request, Rolling
 
 FEWSHOT_SEED = 1234
 MAX_GEN_TOKS = 256
-Request = Loglikelihood | Rolling | Generation
 ChatTemplate = Callable[..., str]
 
 _LENGTH_KEYS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -281,15 +281,15 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def item_id(source: TaskSource, requests: Sequence[Request], reference: Any, doc: Any) -> str:
-    """Return sha256 over the task's config, the rendered requests and the references.
+def item_id(source: TaskSource, metric: Metric, requests: Sequence[Request], reference: Any, doc: Any) -> str:
+    """Return sha256 over the task's config with the metric, the rendered requests and the references.
 
     Where the task's own code computes the score, the references are the whole document.
     """
     custom = source.config.get("process_results") is not None
     asked = [[type(request).__name__, *vars(request).values()] for request in requests]
     text = json.dumps(
-        [source.identity, asked, doc if custom else reference],
+        [source.identity, [metric.name, metric.filter], asked, doc if custom else reference],
         sort_keys=True,
         ensure_ascii=False,
         default=str,

@@ -261,3 +261,26 @@ def test_importing_items_and_the_schemas_stays_light() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_one_task_may_stand_in_the_suite_with_several_metrics(tmp_path: Path) -> None:
+    write_task(tmp_path)
+    suite = build(
+        tmp_path, {"task": "tiny", "metric": "acc"}, {"task": "tiny", "metric": "acc_norm", "weight": 3}
+    )
+    assert suite.weights == {"tiny:acc": 1.0, "tiny:acc_norm": 3.0}
+    engine = FakeEngine()
+    scores = suite.score(engine, whole(suite), check_degenerate=False)
+    assert len(scores) == len({score.item for score in scores}) == 24
+    for metric in ("acc", "acc_norm"):
+        alone = build(tmp_path, {"task": "tiny", "metric": metric})
+        expected = [(s.item, s.raw) for s in alone.score(engine, whole(alone), check_degenerate=False)]
+        assert sorted((s.item, s.raw) for s in scores if s.task == f"tiny:{metric}") == sorted(expected)
+
+
+def test_the_same_items_under_two_names_are_refused(tmp_path: Path) -> None:
+    write_task(tmp_path)
+    with pytest.raises(
+        UserError, match=r"suite\.tasks\.1: task 'again' asks and scores the very items of 'tiny'"
+    ):
+        build(tmp_path, "tiny", {"task": "tiny", "name": "again"})

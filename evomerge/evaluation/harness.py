@@ -1,0 +1,231 @@
+"""lm-eval tasks in a suite: their own prompts, filters and metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evomerge.config import Splits, TaskSpec
+from evomerge.config import Suite as SuiteConfig
+from evomerge.errors import UserError
+from evomerge.evaluation.entries import Entry, Reply
+from evomerge.evaluation.guards import Answers
+from evomerge.evaluation.items import Item, Split
+from evomerge.evaluation.metrics import Metric, choose_metric
+from evomerge.evaluation.preview import Preview
+from evomerge.evaluation.requests import Engine, Generated, Generation, Loglikelihood, Request, Rolling
+from evomerge.evaluation.splits import TaskSplits
+from evomerge.evaluation.tasks import ChatTemplate, build_instances, item_id, load_source, request_of
+
+
+class HarnessTask:
+    """An lm-eval task with its documents in their splits; see `evomerge.evaluation.entries.Task`.
+
+    Args:
+        spec: the suite's entry, which stands at `key` of `file`.
+        suite: the config's suite.
+        splits: where the items come from, unless `spec` says so.
+        template: applied to the prompts, if any.
+
+    Raises:
+        UserError: the task, its metric or its splits are wrong, or it runs code that is not trusted.
+    """
+
+    def __init__(
+        self,
+        spec: TaskSpec,
+        suite: SuiteConfig,
+        splits: Splits,
+        template: ChatTemplate | None,
+        *,
+        key: str,
+        file: Path | str | None,
+    ) -> None:
+        self._template = template
+        self._parts = TaskSplits(load_source(spec, suite, key=key, file=file), splits, file)
+        task = self._parts.tasks["search"]
+        self.metric = choose_metric(task, spec.metric, spec.task, file, f"{key}.metric")
+        self.output_type = str(task.OUTPUT_TYPE)
+
+    @property
+    def documents(self) -> Mapping[Split, Sequence[Any]]:
+        """Split → (index in its data split, document)."""
+        return self._parts.documents
+
+    def entries(self, split: Split) -> list[Entry]:
+        """See `Task.entries`."""
+        source, task = self._parts.source, self._parts.tasks[split]
+        scorer = HarnessScorer(task, self.metric)
+        entries = []
+        for index, doc in self._parts.documents[split]:
+            instances = build_instances(task, index, doc, self._template)
+            requests = tuple(request_of(instance, source.spec.task) for instance in instances)
+            gold, choices = _gold(task, doc)
+            identity = item_id(source, self.metric, requests, task.doc_to_target(doc), doc)
+            entries.append(
+                Entry(
+                    item=Item(identity, source.spec.name, split, index),
+                    requests=requests,
+                    scorer=scorer,
+                    reference=_reference(task, requests, gold, choices, chat=self._template is not None),
+                    material=Asked(instances, gold, choices),
+                )
+            )
+        return entries
+
+
+@dataclass(frozen=True)
+class Asked:
+    """lm-eval's side of an item.
+
+    Attributes:
+        instances: lm-eval's requests.
+        gold: the reference, as an index where there are choices.
+        choices: of a multiple-choice item.
+    """
+
+    instances: list[Any]
+    gold: Any
+    choices: tuple[str, ...] | None
+
+
+class HarnessScorer:
+    """Scores with the filters and metrics of an lm-eval task; see `evomerge.evaluation.entries.Scorer`."""
+
+    def __init__(self, task: Any, metric: Metric) -> None:
+        self._task = task
+        self._metric = metric
+
+    def score(self, replies: Sequence[Reply], engine: Engine) -> list[tuple[float, float]]:
+        """See `Scorer.score`."""
+        self._fill(replies)
+        return [self._metric.item(self._result(reply.entry), reply.entry.item.task) for reply in replies]
+
+    def given(self, replies: Sequence[Reply]) -> Answers | None:
+        """Return the chosen choices or the generated texts."""
+        references = [reply.entry.material.gold for reply in replies]
+        first = replies[0].entry
+        if first.material.choices is not None:
+            fewest = min(len(reply.entry.material.choices) for reply in replies)
+            return Answers([_choice(reply) for reply in replies], references, fewest)
+        if isinstance(first.requests[0], Generation):
+            return Answers([_text_of(reply).strip() for reply in replies], references, None)
+        return None
+
+    def preview(self, reply: Reply, engine: Engine) -> Preview:
+        """See `Scorer.preview`."""
+        ((raw, _),) = self.score([reply], engine)
+        entry, asked = reply.entry, reply.entry.material
+        task, request, answer = entry.item.task, entry.requests[0], reply.answers[0]
+        if isinstance(answer, Generated):
+            assert isinstance(request, Generation)
+            extracted = _shown(asked.instances[0].filtered_resps[self._metric.filter])
+            found = extracted.strip() != "" and extracted not in self._fallbacks()
+            return Preview(task, request.context, answer.text, extracted, _shown(asked.gold), raw, found)
+        if isinstance(answer, float):
+            assert isinstance(request, Rolling)
+            return Preview(task, "", f"log-probability {answer:.4f}", "", request.text, raw, True)
+        chosen = 0 if asked.choices is None else _choice(reply)
+        request, answer = entry.requests[chosen], reply.answers[chosen]
+        assert isinstance(request, Loglikelihood)
+        assert isinstance(answer, tuple)
+        logprob, greedy = answer
+        if asked.choices is None:
+            shown, extracted = f"log-probability {logprob:.4f}", "greedy" if greedy else "not greedy"
+            return Preview(task, request.context, shown, extracted, request.continuation, raw, True)
+        choice = asked.choices[chosen]
+        known = isinstance(asked.gold, int) and 0 <= asked.gold < len(asked.choices)
+        reference = asked.choices[asked.gold] if known else _shown(asked.gold)
+        shown = f"{choice} (log-probability {logprob:.4f})"
+        return Preview(task, request.context, shown, choice, reference, raw, True)
+
+    def _fill(self, replies: Sequence[Reply]) -> None:
+        """Give every instance its response, in place of any earlier one; then filter."""
+        instances = []
+        for reply in replies:
+            for instance, answer in zip(reply.entry.material.instances, reply.answers, strict=True):
+                response = answer.text if isinstance(answer, Generated) else answer
+                instance.resps = [response] * max(1, instance.repeats or 1)
+                instance.filtered_resps = {}
+                instances.append(instance)
+        self._task.filter_responses(instances)
+
+    def _result(self, entry: Entry) -> Any:
+        """Return the item's metric as the task computes it."""
+        instances, name = entry.material.instances, entry.item.task
+        filtered = [instance.filtered_resps[self._metric.filter] for instance in instances]
+        try:
+            results: Mapping[str, Any] = self._task.process_results(instances[0].doc, filtered)
+        except Exception as error:
+            raise UserError(
+                f"task '{name}': its metrics cannot be computed for document {entry.item.index}: "
+                f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
+            ) from error
+        if self._metric.name not in results:
+            raise UserError(
+                f"task '{name}': no '{self._metric.name}' among its results; choose one of "
+                f"{', '.join(results)}"
+            )
+        return results[self._metric.name]
+
+    def _fallbacks(self) -> set[str]:
+        """Return what the metric's filter gives if it finds nothing."""
+        filters = self._task.config.filter_list or []
+        steps = [step for f in filters if f["name"] == self._metric.filter for step in f["filter"]]
+        return {"[invalid]", *(str(step["fallback"]) for step in steps if "fallback" in step)}
+
+
+def _gold(task: Any, doc: Any) -> tuple[Any, tuple[str, ...] | None]:
+    """Return the reference, as an index where there are choices, and the choices."""
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return task.doc_to_target(doc), None
+    choices = tuple(map(str, task.doc_to_choice(doc)))
+    gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+    return choices.index(gold) if isinstance(gold, str) and gold in choices else gold, choices
+
+
+def _reference(
+    task: Any, requests: Sequence[Request], gold: Any, choices: Sequence[str] | None, *, chat: bool
+) -> tuple[str, str] | None:
+    """Return an item's prompt and its right answer, the first of several; None if there is none.
+
+    A text that is scored as a whole has an empty prompt. A generated answer follows its prompt as lm-eval lets
+    a choice follow: after the task's delimiter, or after none where a chat template has opened the answer.
+    """
+    request = requests[0]
+    if isinstance(request, Rolling):
+        return "", request.text
+    first = gold[0] if isinstance(gold, list | tuple) and gold else gold
+    if choices is not None:
+        if not isinstance(first, int) or not 0 <= first < len(choices):
+            return None
+        request = requests[first]
+    if isinstance(request, Loglikelihood):
+        return request.context, request.continuation
+    assert isinstance(request, Generation)
+    if not isinstance(first, str | int | float) or not str(first).strip():
+        return None
+    prefix = task.config.gen_prefix
+    opened = chat and (not prefix or prefix[-1].isspace())
+    return request.context, f"{'' if opened else task.config.target_delimiter}{first}"
+
+
+def _choice(reply: Reply) -> int:
+    """Return the most probable choice."""
+    count = len(reply.entry.material.choices)
+    logprobs = [answer[0] for answer in reply.answers[:count] if isinstance(answer, tuple)]
+    return logprobs.index(max(logprobs))
+
+
+def _text_of(reply: Reply) -> str:
+    answer = reply.answers[0]
+    assert isinstance(answer, Generated)
+    return answer.text
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return " | ".join(map(str, value))
+    return str(value)
