@@ -168,13 +168,22 @@ class TaskSpec(Frozen):
     """One task of the suite, as lm-eval knows it.
 
     Attributes:
+        task: lm-eval's name of it.
         name: what results call it; by default the task's name, and with the metric where the suite lists the
             task more than once.
+        metric: ``auto`` (the task's first), a metric, or ``metric,filter``.
+        direction: whether the metric is to grow or to shrink, where the task's definition is silent or wrong.
+        weight: its weight in the fitness.
+        splits: where its items come from, if not from where those of the other tasks do.
+        group: field of the documents that marks equal questions.
+        limit: the most items of each split.
+        num_fewshot, gen_kwargs: as lm-eval's.
     """
 
     task: str
     name: Annotated[str, Field(min_length=1)]
     metric: str = "auto"
+    direction: Literal["maximize", "minimize"] | None = None
     weight: Annotated[Number, Field(gt=0)] = 1.0
     splits: Splits | None = None
     group: str | None = None

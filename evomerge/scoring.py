@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ class Evaluation:
     Attributes:
         model: as named by the caller; a `Recipe` by its hash.
         split: the item set.
-        score: ``{mean, ci95, n, tasks: {name: {mean, ci95, n}}}`` in the metrics' own units.
+        score: ``{mean, ci95, n, tasks: {name: {mean, ci95, n, truncated}}}`` in the metrics' own units;
+            truncated is the share of generated answers that were cut at their token limit.
         metrics: metric of each task.
         fingerprint: of the engine.
     """
@@ -50,9 +51,15 @@ class Evaluation:
         for name, metric, entry in rows:
             low, high = entry["ci95"]
             lines.append(
-                f"  {name:<{width}}  {entry['mean']:.3f}  [{low:.3f}, {high:.3f}]  n={entry['n']}  {metric}".rstrip()
+                f"  {name:<{width}}  {entry['mean']:.3f}  [{low:.3f}, {high:.3f}]  n={entry['n']}  {metric}"
+                f"{_cut(entry)}".rstrip()
             )
         return "\n".join(lines)
+
+
+def _cut(entry: Mapping[str, Any]) -> str:
+    share = entry.get("truncated")
+    return f"  ({share:.0%} of the answers cut)" if share else ""
 
 
 def evaluate(
@@ -115,7 +122,7 @@ def evaluate(
     return Evaluation(
         model=label,
         split=split,
-        score=score_dict(result),
+        score=score_dict(result, table),
         metrics={task.name: task.metric for task in built.tasks},
         fingerprint=engine.fingerprint,
     )

@@ -10,7 +10,15 @@ from evomerge.evaluation.guards import Answers, check_finite
 from evomerge.evaluation.items import Item, Split
 from evomerge.evaluation.metrics import Metric
 from evomerge.evaluation.preview import Preview
-from evomerge.evaluation.requests import Answer, Engine, Generation, Loglikelihood, Request, Rolling
+from evomerge.evaluation.requests import (
+    Answer,
+    Engine,
+    Generated,
+    Generation,
+    Loglikelihood,
+    Request,
+    Rolling,
+)
 
 REQUEST_KINDS = (Loglikelihood, Rolling, Generation)
 
@@ -40,6 +48,12 @@ class Reply:
 
     entry: Entry
     answers: tuple[Answer, ...]
+
+    @property
+    def truncated(self) -> bool | None:
+        """Whether a generated text was cut at its token limit; None if none was generated."""
+        texts = [answer for answer in self.answers if isinstance(answer, Generated)]
+        return any(text.truncated for text in texts) if texts else None
 
 
 class Scorer(Protocol):

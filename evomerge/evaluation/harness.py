@@ -46,7 +46,9 @@ class HarnessTask:
         self._template = template
         self._parts = TaskSplits(load_source(spec, suite, key=key, file=file), splits, file)
         task = self._parts.tasks["search"]
-        self.metric = choose_metric(task, spec.metric, spec.task, file, f"{key}.metric")
+        self.metric = choose_metric(
+            task, spec.metric, spec.task, file, f"{key}.metric", direction=spec.direction
+        )
         self.output_type = str(task.OUTPUT_TYPE)
 
     @property
@@ -123,7 +125,17 @@ class HarnessScorer:
             assert isinstance(request, Generation)
             extracted = _shown(asked.instances[0].filtered_resps[self._metric.filter])
             found = extracted.strip() != "" and extracted not in self._fallbacks()
-            return Preview(task, request.context, answer.text, extracted, _shown(asked.gold), raw, found)
+            return Preview(
+                task,
+                request.context,
+                answer.text,
+                extracted,
+                _shown(asked.gold),
+                raw,
+                found,
+                answer.truncated,
+                request.max_tokens,
+            )
         if isinstance(answer, float):
             assert isinstance(request, Rolling)
             return Preview(task, "", f"log-probability {answer:.4f}", "", request.text, raw, True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -60,9 +61,17 @@ class ItemScore:
         task: name of the suite's task.
         raw: the metric's value in its own units.
         value: the same mapped to [0, 1], larger is better.
+        truncated: whether the answer was cut at its token limit; None where nothing is generated.
     """
 
     item: str
     task: str
     raw: float
     value: float
+    truncated: bool | None = None
+
+
+def truncated_share(scores: Iterable[ItemScore]) -> float | None:
+    """Return the share of the generated answers that were cut at their token limit; None if none were generated."""
+    known = [score.truncated for score in scores if score.truncated is not None]
+    return sum(known) / len(known) if known else None

@@ -41,8 +41,9 @@ class Metric:
     def item(self, result: Any, task: str) -> tuple[float, float]:
         """Map an item's result to (raw, value).
 
-        raw is in the metric's units; value lies in [0, 1], larger is better: the raw share, or 1 − raw
-        where smaller is better; 1 − raw / 2 (brier); 1 / raw (perplexities); 2^−raw (bits per byte).
+        raw is in the metric's units; value lies in [0, 1], larger is better: the raw share; 1 − raw / 2
+        (brier); 1 / raw (perplexities); 2^−raw (bits per byte); or 1 minus that, where the other direction
+        is the better one.
 
         Raises:
             CandidateFailed: the result is not finite.
@@ -65,9 +66,13 @@ class Metric:
         return raw, min(max(value, 0.0), 1.0)
 
     def _map(self, result: Any) -> tuple[float, float]:
+        raw, value = self._natural(result)
+        return raw, value if self.higher_is_better == (self.kind == "share") else 1 - value
+
+    def _natural(self, result: Any) -> tuple[float, float]:
         if self.kind == "share":
             raw = float(result)
-            return raw, raw if self.higher_is_better else 1 - raw
+            return raw, raw
         if self.kind == "brier":
             gold, probabilities = result
             raw = math.fsum((float(p) - (i == gold)) ** 2 for i, p in enumerate(probabilities))
@@ -79,16 +84,25 @@ class Metric:
         return math.exp(min(rate, _LARGEST_EXPONENT)), math.exp(-rate)
 
 
-def choose_metric(task: Any, wanted: str, name: str, file: Path | str | None, key: str) -> Metric:
+def choose_metric(
+    task: Any,
+    wanted: str,
+    name: str,
+    file: Path | str | None,
+    key: str,
+    *,
+    direction: Literal["maximize", "minimize"] | None = None,
+) -> Metric:
     """Find the fitness metric of an lm-eval task.
 
     Args:
         task: the lm-eval task.
         wanted: ``auto`` (the task's first metric), a metric, or ``metric,filter``.
         name: the task's name in messages; `file` and `key` say where `wanted` was written.
+        direction: which way is better, whatever lm-eval says.
 
     Raises:
-        UserError: unknown, ambiguous, or not a mean over items; names the usable ones.
+        UserError: unknown, ambiguous, without direction, or not a mean over items; names the usable ones.
     """
     known = list(task.aggregation())
     filters = [entry["name"] for entry in task.config.filter_list] if task.config.filter_list else ["none"]
@@ -117,8 +131,19 @@ def choose_metric(task: Any, wanted: str, name: str, file: Path | str | None, ke
         )
     if not chosen and len(filters) > 1:
         raise UserError(f"{place}task '{name}' has several filters; write one of {choices}")
-    better = task.higher_is_better().get(metric)
-    return Metric(metric, chosen or filters[0], kinds[metric], better is not False)
+    kind = kinds[metric]
+    if direction is not None:
+        higher = direction == "maximize"
+    elif kind != "share":
+        higher = False
+    else:
+        higher = task.higher_is_better().get(metric)
+        if higher is None:
+            raise UserError(
+                f"{place}task '{name}' does not say whether a larger '{metric}' is better; "
+                "write direction: maximize or direction: minimize beside it"
+            )
+    return Metric(metric, chosen or filters[0], kind, higher)
 
 
 def _kinds(task: Any) -> Mapping[str, Kind]:

@@ -17,6 +17,8 @@ class Preview:
         reference: the right answer.
         raw: the metric's value.
         extracted_ok: False if a filter found nothing in the generated text.
+        truncated: whether the text was cut at its token limit; None where nothing is generated.
+        max_tokens: that limit.
     """
 
     task: str
@@ -26,3 +28,5 @@ class Preview:
     reference: str
     raw: float
     extracted_ok: bool
+    truncated: bool | None = None
+    max_tokens: int | None = None

@@ -176,8 +176,8 @@ class Suite:
             check_answers(given_by(questions, replies))
         scores = score_all(engine, questions, replies)
         return tuple(
-            ItemScore(entry.item.id, entry.item.task, raw, value)
-            for entry, (raw, value) in zip(questions.entries, scores, strict=True)
+            ItemScore(reply.entry.item.id, reply.entry.item.task, raw, value, reply.truncated)
+            for reply, (raw, value) in zip(replies, scores, strict=True)
         )
 
     def preview(self, engine: Engine, item: Item | str) -> Preview:

@@ -289,7 +289,12 @@ def item_id(source: TaskSource, metric: Metric, requests: Sequence[Request], ref
     custom = source.config.get("process_results") is not None
     asked = [[type(request).__name__, *vars(request).values()] for request in requests]
     text = json.dumps(
-        [source.identity, [metric.name, metric.filter], asked, doc if custom else reference],
+        [
+            source.identity,
+            [metric.name, metric.filter, metric.higher_is_better],
+            asked,
+            doc if custom else reference,
+        ],
         sort_keys=True,
         ensure_ascii=False,
         default=str,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from evomerge.workers.executor import Executor
 
 ITEMS_PER_TASK = 2
+LARGEST_TRUNCATED_SHARE = 0.1
+"""More answers than this that are cut at their token limit are told."""
 
 
 def write_preview(folder: Path, setup: Setup, executor: Executor, display: Reporter) -> list[str]:
@@ -44,6 +47,9 @@ def write_preview(folder: Path, setup: Setup, executor: Executor, display: Repor
             lines += ["", f"## {name}", "", f"could not answer: {reason}"]
             continue
         lines += ["", f"## {name}"]
+        for sentence in _cut(name, answers):
+            lines += ["", f"Warning: {sentence}"]
+            display.say(f"  warning: {sentence}")
         for answer in answers:
             extracted[answer.task] |= answer.extracted_ok
             lines += _markdown(answer)
@@ -66,8 +72,23 @@ def _markdown(answer: Preview) -> list[str]:
         "",
         *_block(answer.answer),
         "",
-        f"Extracted `{answer.extracted!r}`, reference `{answer.reference!r}`, score {answer.raw:g}",
+        f"Extracted `{answer.extracted!r}`, reference `{answer.reference!r}`, score {answer.raw:g}"
+        + (f"; cut at {answer.max_tokens} tokens" if answer.truncated else ""),
     ]
+
+
+def _cut(name: str, answers: Sequence[Preview]) -> list[str]:
+    """Return a sentence for each task of whose answers too many were cut at their token limit."""
+    sentences = []
+    for task in dict.fromkeys(answer.task for answer in answers):
+        known = [a for a in answers if a.task == task and a.truncated is not None]
+        cut = [a for a in known if a.truncated]
+        if known and len(cut) > LARGEST_TRUNCATED_SHARE * len(known):
+            sentences.append(
+                f"{len(cut)} of {len(known)} answers of {name} to '{task}' were cut at {cut[0].max_tokens} tokens; "
+                "give them room with gen_kwargs: {max_gen_toks: ...}, or a stop string that ends them"
+            )
+    return sentences
 
 
 def _block(text: str) -> list[str]:

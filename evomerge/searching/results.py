@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evomerge import __version__
-from evomerge.evaluation.items import Block
+from evomerge.evaluation.items import Block, ItemScore, truncated_share
 from evomerge.evaluation.statistics import Score, compare_all, minimum_detectable_effect, score
 from evomerge.recipe import Recipe
 from evomerge.searching.ranking import values_of
@@ -45,14 +45,13 @@ def build_results(store: Store, setup: Setup, scheduler: Scheduler) -> dict[str,
         table = scheduler.table(recipe, blocks)
         if isinstance(table, str):
             return table
-        values = values_of(table, raw=raw)
-        return {task.name: values[task.name] for task in setup.suite.tasks}
+        return {task.name: table[task.name] for task in setup.suite.tasks}
 
     def reported(recipe: Recipe, split: str) -> dict[str, Any]:
         table = measured(recipe, setup.blocks[split])  # type: ignore[index]
         if isinstance(table, str):
             return {"failed": table}
-        return score_dict(score(table, weights, seed=seed))
+        return score_dict(score(values_of(table, raw=raw), weights, seed=seed), table)
 
     baselines: dict[str, Any] = {"base": None, "initial": None, "uniform": None, "experts": {}}
     for baseline, recipe in setup.baselines.items():
@@ -65,9 +64,11 @@ def build_results(store: Store, setup: Setup, scheduler: Scheduler) -> dict[str,
         baselines[f"{baseline}_reason"] = reason
 
     tests = {name: measured(recipe, setup.blocks["test"]) for name, recipe in setup.baselines.items()}
-    tests = {name: table for name, table in tests.items() if not isinstance(table, str)}
+    tests = {name: values_of(t, raw=raw) for name, t in tests.items() if not isinstance(t, str)}
     won = measured(winner, setup.blocks["test"])
-    comparisons = {} if isinstance(won, str) else compare_all(won, tests, weights, seed=seed)
+    comparisons = (
+        {} if isinstance(won, str) else compare_all(values_of(won, raw=raw), tests, weights, seed=seed)
+    )
     scores = {split: reported(winner, split) for split in ("search", "validation", "test")}
     candidates = store.candidates()
     best_seen = max((row.fitness for row in candidates if row.fitness is not None), default=None)
@@ -111,14 +112,24 @@ def build_results(store: Store, setup: Setup, scheduler: Scheduler) -> dict[str,
     }
 
 
-def score_dict(value: Score) -> dict[str, Any]:
-    """Return a score as plain data."""
+def score_dict(value: Score, table: Mapping[str, Mapping[str, ItemScore]]) -> dict[str, Any]:
+    """Return a score as plain data, with the share of each task's generated answers that were cut at their limit.
+
+    Args:
+        value: the score.
+        table: task → item id → what it is the score of.
+    """
     return {
         "mean": value.mean,
         "ci95": list(value.ci95),
         "n": value.n,
         "tasks": {
-            name: {"mean": task.mean, "ci95": list(task.ci95), "n": task.n}
+            name: {
+                "mean": task.mean,
+                "ci95": list(task.ci95),
+                "n": task.n,
+                "truncated": truncated_share(table[name].values()),
+            }
             for name, task in value.tasks.items()
         },
     }

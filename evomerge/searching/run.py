@@ -99,9 +99,9 @@ class Run:
         return self._frame("SELECT id, task, split, position FROM items ORDER BY split, task, position")
 
     def scores(self) -> pandas.DataFrame:
-        """Return one row per scored item of a recipe: recipe, block, item, task, raw, value."""
+        """Return one row per scored item of a recipe: recipe, block, item, task, raw, value, truncated."""
         return self._frame(
-            "SELECT recipe, block, item, task, raw, value FROM scores ORDER BY recipe, block, item"
+            "SELECT recipe, block, item, task, raw, value, truncated FROM scores ORDER BY recipe, block, item"
         )
 
     def export(self, out: Path | str, *, candidate: int | None = None, **options: Any) -> Path:

@@ -17,7 +17,7 @@ from evomerge.recipe import Recipe
 from evomerge.spaces.genotype import Genotype
 from evomerge.workers.work import Outcome
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -36,7 +36,7 @@ CREATE TABLE results (recipe TEXT NOT NULL, block TEXT NOT NULL, failure TEXT, w
   merge_seconds REAL NOT NULL, score_seconds REAL NOT NULL, recorded REAL NOT NULL,
   PRIMARY KEY (recipe, block)) WITHOUT ROWID;
 CREATE TABLE scores (recipe TEXT NOT NULL, block TEXT NOT NULL, item TEXT NOT NULL, task TEXT NOT NULL,
-  raw REAL NOT NULL, value REAL NOT NULL, PRIMARY KEY (recipe, block, item)) WITHOUT ROWID;
+  raw REAL NOT NULL, value REAL NOT NULL, truncated INTEGER, PRIMARY KEY (recipe, block, item)) WITHOUT ROWID;
 CREATE TABLE short_list (round INTEGER NOT NULL, position INTEGER NOT NULL, name TEXT NOT NULL,
   recipe TEXT NOT NULL REFERENCES recipes(hash), candidate INTEGER, PRIMARY KEY (round, position))
   WITHOUT ROWID;
@@ -56,7 +56,7 @@ CANONICAL = {
     "generations": "generation, blocks, told",
     "candidates": "generation, position, genotype, recipe, status, fitness, rank, reason",
     "results": "recipe, block, failure",
-    "scores": "recipe, block, item, task, raw, value",
+    "scores": "recipe, block, item, task, raw, value, truncated",
     "short_list": "round, position, name, recipe, candidate",
     "winners": "round, recipe, name",
     "test_openings": "round, reason",
@@ -282,8 +282,11 @@ class Store:
             )
             if added.rowcount:
                 self._db.executemany(
-                    "INSERT INTO scores VALUES (?,?,?,?,?,?)",
-                    [(outcome.recipe, block, s.item, s.task, s.raw, s.value) for s in outcome.scores],
+                    "INSERT INTO scores VALUES (?,?,?,?,?,?,?)",
+                    [
+                        (outcome.recipe, block, s.item, s.task, s.raw, s.value, s.truncated)
+                        for s in outcome.scores
+                    ],
                 )
 
     def results(self, recipe: str) -> dict[str, str | None]:
@@ -294,10 +297,13 @@ class Store:
     def scores(self, recipe: str, block: str) -> list[ItemScore]:
         """Return the recorded scores of one recipe on one block, ordered by item."""
         rows = self._db.execute(
-            "SELECT item, task, raw, value FROM scores WHERE recipe=? AND block=? ORDER BY item",
+            "SELECT item, task, raw, value, truncated FROM scores WHERE recipe=? AND block=? ORDER BY item",
             (recipe, block),
         )
-        return [ItemScore(*row) for row in rows]
+        return [
+            ItemScore(item, task, raw, value, None if cut is None else bool(cut))
+            for item, task, raw, value, cut in rows
+        ]
 
     def add_attempt(self, work: str, worker: str, reason: str) -> None:
         """Record that a worker was lost while it held a request."""

@@ -133,3 +133,47 @@ def test_broken_task_code_is_told_as_such(tmp_path: Path) -> None:
     suite = build(tmp_path / "other", trust_task_code=True)
     with pytest.raises(UserError, match="no 'acc' among its results; choose one of accuracy"):
         suite.score(FakeEngine(), whole(suite), check_degenerate=False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "higher", "result", "raw", "value"),
+    [
+        ("perplexity", True, math.log(0.25), 4.0, 0.75),
+        ("bits_per_byte", True, (-24 * math.log(2), 8), 3.0, 0.875),
+        ("brier", True, (1, [0.5, 0.5]), 0.5, 0.25),
+    ],
+)
+def test_a_metric_in_the_other_direction(
+    kind: Kind, higher: bool, result: Any, raw: float, value: float
+) -> None:
+    assert Metric("m", "none", kind, higher).item(result, "t") == pytest.approx((raw, value))
+
+
+def test_direction_overrides_what_the_task_says(tmp_path: Path) -> None:
+    write_task(tmp_path)
+    scores = {}
+    for direction in ("maximize", "minimize"):
+        suite = build(tmp_path, {"task": "tiny", "direction": direction})
+        assert suite.tasks[0].higher_is_better == (direction == "maximize")
+        index = {item.id: item.index for item in suite.items("search")}
+        found = suite.score(FakeEngine(), whole(suite), check_degenerate=False)
+        scores[direction] = {index[score.item]: score for score in found}
+    assert not {s.item for s in scores["maximize"].values()} & {s.item for s in scores["minimize"].values()}
+    for number, up in scores["maximize"].items():
+        down = scores["minimize"][number]
+        assert up.raw == down.raw
+        assert up.value == 1 - down.value
+
+
+def test_a_metric_of_which_nobody_knows_the_direction(tmp_path: Path) -> None:
+    path = write_task(tmp_path, metric_list=[{"metric": "mistakes", "aggregation": "mean"}])
+    (tmp_path / "code.py").write_text("def count(doc, results):\n    return {'mistakes': 0.25}\n")
+    path.write_text(path.read_text() + "process_results: !function code.count\n")
+    with pytest.raises(UserError) as caught:
+        build(tmp_path, trust_task_code=True)
+    assert str(caught.value) == (
+        "search.yaml: suite.tasks.0.metric: task 'tiny' does not say whether a larger 'mistakes' is better; "
+        "write direction: maximize or direction: minimize beside it"
+    )
+    suite = build(tmp_path, {"task": "tiny", "direction": "minimize"}, trust_task_code=True)
+    assert {s.value for s in suite.score(FakeEngine(), whole(suite), check_degenerate=False)} == {0.75}

@@ -16,7 +16,7 @@ import torch
 
 from evomerge.engines.hf import HFEngine
 from evomerge.errors import CandidateFailed, UserError
-from evomerge.evaluation.items import Block
+from evomerge.evaluation.items import Block, truncated_share
 from evomerge.evaluation.requests import Generation, Loglikelihood
 from tests.evaluation.tiny import MEAN, FakeEngine, build, documents, whole, write_task
 
@@ -284,3 +284,22 @@ def test_the_same_items_under_two_names_are_refused(tmp_path: Path) -> None:
         UserError, match=r"suite\.tasks\.1: task 'again' asks and scores the very items of 'tiny'"
     ):
         build(tmp_path, "tiny", {"task": "tiny", "name": "again"})
+
+
+def test_answers_that_were_cut_are_counted(tmp_path: Path) -> None:
+    write_task(tmp_path, "one")
+    write_task(tmp_path, "two", "generate")
+    suite = build(tmp_path, "one", "two")
+    cut = {row["question"] for row in documents(3)}
+    engine = FakeEngine(truncated=lambda r: r.context.split("\n")[0].removeprefix("Question: ") in cut)
+    index = {item.id: item.index for item in suite.items("search")}
+    scores = suite.score(engine, whole(suite), check_degenerate=False)
+    for score in scores:
+        assert score.truncated == (None if score.task == "one" else index[score.item] < 3)
+    assert truncated_share(s for s in scores if s.task == "one") is None
+    assert truncated_share(scores) == 3 / 12
+    items = {(item.task, item.index): item for item in suite.items("search")}
+    assert suite.preview(engine, items["two", 2]).truncated
+    assert suite.preview(engine, items["two", 2]).max_tokens == 8
+    assert suite.preview(engine, items["two", 3]).truncated is False
+    assert suite.preview(engine, items["one", 2]).truncated is None

@@ -122,9 +122,11 @@ class FakeEngine:
         self,
         logprob: Callable[[Loglikelihood], float] = lambda r: -float(len(r.continuation)),
         text: Callable[[Generation], str] = lambda r: r.context,
+        truncated: Callable[[Generation], bool] = lambda r: False,
     ) -> None:
         self.logprob = logprob
         self.text = text
+        self.truncated = truncated
         self.asked: list[Any] = []
 
     def loglikelihood(self, requests: Sequence[Loglikelihood]) -> list[tuple[float, bool]]:
@@ -137,7 +139,7 @@ class FakeEngine:
 
     def generate(self, requests: Sequence[Generation]) -> list[Generated]:
         self.asked += requests
-        return [Generated(self.text(request)) for request in requests]
+        return [Generated(self.text(request), self.truncated(request)) for request in requests]
 
 
 def whole(suite: Suite, split: Any = "search") -> Any:

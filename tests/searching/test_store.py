@@ -174,6 +174,8 @@ def test_what_was_recorded_reads_back_bit_for_bit(store: Store, path: Path) -> N
     outcome = make_outcome(recipe, block)
     values = zip(outcome.scores, awkward[:3], awkward[3:6], strict=True)
     outcome = replace(outcome, scores=tuple(replace(s, raw=raw, value=value) for s, raw, value in values))
+    cut = zip(outcome.scores, (True, False, None), strict=True)
+    outcome = replace(outcome, scores=tuple(replace(score, truncated=flag) for score, flag in cut))
     store.add_items(items_of(BLOCKS), BLOCKS)
     store.add_generation(0, [block], [(awkward, recipe)])
     store.add_result(outcome, block.hash, "w")
@@ -319,12 +321,12 @@ def test_a_full_disk_stops_the_run_and_spoils_nothing(store: Store, path: Path) 
 
 
 def test_another_schema_version_is_refused(store: Store, path: Path) -> None:
-    store.set_meta(schema_version=2)
+    store.set_meta(schema_version=3)
     store.close()
     with pytest.raises(UserError) as caught:
         Store(path, create=False)
     assert str(caught.value) == (
-        f"{path}: made by another version of evomerge (schema 2, this one reads 1); "
+        f"{path}: made by another version of evomerge (schema 3, this one reads 2); "
         "resume it with the version that made it"
     )
 
