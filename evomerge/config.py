@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from evomerge.errors import UserError, nearest
+from evomerge.errors import UserError, in_file, nearest
 from evomerge.methods.registry import get_method
 from evomerge.output import Output
 from evomerge.overrides import overridden
@@ -383,7 +383,8 @@ def parse_config(data: dict[str, Any], file: Path, overrides: Sequence[str] = ()
             f"{file}: version: {shown(data['version'])} is not known; this evomerge reads version 1"
         )
     config = validate(Config, data, file)
-    return _absolute(config, file.parent)
+    with in_file(file):
+        return _absolute(config, file.parent)
 
 
 def _absolute(config: Config, folder: Path) -> Config:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,11 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+import evomerge
 from evomerge.checkpoints import CheckpointWriter
 from evomerge.cli import main
+from evomerge.errors import UserError
+from evomerge.recipe import Recipe
 from evomerge.searching.rundir import open_run
 from tests.models import make_model, make_tokenizer
 from tests.tasks import make_config, make_tasks
@@ -213,6 +218,133 @@ def test_a_recipe_with_mistakes(
     assert "output folder" in refused(capsys, "merge", str(recipe), str(models["a"]))
     assert "not an empty folder" in refused(capsys, "merge", str(recipe), str(tmp_path / "tasks"))
     assert main(["merge", str(recipe), str(tmp_path / "out")]) == 0
+
+
+def test_what_does_not_fit_the_models_names_the_recipe_and_the_key(
+    own: tuple[Path, dict[str, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, models = own
+    recipe = tmp_path / "recipe.yaml"
+    merge: dict[str, Any] = {"method": "ties", "base": "base", "inputs": ["a", "b"]}
+    nowhere = {**{name: str(path) for name, path in models.items()}, "b": "./nowhere"}
+    texts = {"method": "fisher", "inputs": ["a", "b"], "data": {"texts": "./none.jsonl"}}
+    partial = {
+        **merge,
+        "method": "linear",
+        "base": None,
+        "parameters": {"weight": [{"filter": "mlp", "value": 1}]},
+    }
+    vocabulary = {"source": "base", "tokens": {"<none>": {"source": {"model": "a"}}}}
+    pinned = {**nowhere, "b": {"source": str(models["b"]), "sha256": "0" * 64}}
+    trim = {**merge, "parameters": {"trim": "global", "density": [0.1, 0.9]}}
+    home = {**nowhere, "b": "~nobody-of-this-name/b"}
+    for change, start in [
+        (
+            {"path": [{"merge": "m", "layer": 0}, {"merge": "m", "layer": 7}]},
+            "path.1.layer: 'm' has the layers 0",
+        ),
+        (
+            {"path": [{"merge": "m", "layer": 0, "layers": {"a": 9}}]},
+            "path.0.layers.a: 'a' has the layers 0 to",
+        ),
+        ({"models": nowhere}, f"models.b: {tmp_path / 'nowhere'}: no such folder"),
+        ({"models": home}, "models.b: ~nobody-of-this-name/b: there is no such home folder"),
+        ({"models": pinned}, "models.b.sha256: the recipe expects 000"),
+        ({"merges": {"m": texts}}, f"merges.m.data.texts: {tmp_path / 'none.jsonl'}: no such file of texts"),
+        ({"merges": {"m": partial}}, "merges.m: tensor '"),
+        ({"merges": {"m": trim}}, "trim: global ranks all tensors together"),
+        (
+            {"output": {"tokenizer": vocabulary}},
+            "output.tokenizer.tokens.<none>: the output's tokenizer has no such",
+        ),
+        ({"output": {"chat_template": "{% if %}"}}, "output.chat_template: line 1: not a Jinja template"),
+        (
+            {"output": {"chat_template": "none.jinja"}},
+            f"output.chat_template: {tmp_path / 'none.jinja'}: no such",
+        ),
+    ]:
+        good = {
+            "evomerge": 1,
+            "models": {name: str(path) for name, path in models.items()},
+            "merges": {"m": merge},
+        }
+        recipe.write_text(yaml.safe_dump({**good, **change}))
+        sentence = refused(capsys, "merge", str(recipe), str(tmp_path / "out"))
+        assert sentence.startswith(f"evomerge: {recipe}: {start}"), sentence
+        assert sentence.count(str(recipe)) == 1
+        with pytest.raises(UserError) as raised:
+            evomerge.merge(recipe, tmp_path / "out")
+        assert f"evomerge: {raised.value}" == sentence
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_recipe_that_is_no_file_has_no_name(own: tuple[Path, dict[str, Path]], tmp_path: Path) -> None:
+    _, models = own
+    sources = {name: str(path) for name, path in models.items()}
+    merges = {"m": {"method": "ties", "base": "base", "inputs": ["a", "b"]}}
+    recipe = Recipe.from_dict({"models": sources, "merges": merges, "path": [{"merge": "m", "layer": 7}]})
+    with pytest.raises(UserError, match=r"^path\.0\.layer: 'm' has the layers 0 to"):
+        evomerge.merge(recipe, tmp_path / "out")
+
+
+def test_a_mergekit_yaml_is_told_its_own_keys(
+    own: tuple[Path, dict[str, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, models = own
+    base, a, b = (str(models[name]) for name in ("base", "a", "b"))
+    recipe = tmp_path / "merge.yml"
+
+    def told(document: dict[str, Any]) -> str:
+        recipe.write_text(yaml.safe_dump(document))
+        sentence = refused(capsys, "merge", str(recipe), str(tmp_path / "out"))
+        assert sentence.count(str(recipe)) == 1
+        return sentence.removeprefix(f"evomerge: {recipe}: ")
+
+    def piece(*ranges: tuple[str, int, int]) -> dict[str, Any]:
+        return {"sources": [{"model": model, "layer_range": [start, end]} for model, start, end in ranges]}
+
+    copied = {"merge_method": "passthrough", "slices": [piece((a, 0, 2)), piece((b, 2, 99))]}
+    assert told(copied).startswith("slices.1.sources.0.layer_range: 'b' has the layers 0 to ")
+    merged = {
+        "merge_method": "ties",
+        "base_model": base,
+        "parameters": {"weight": 1, "density": 0.5},
+        "slices": [piece((base, 0, 2), (a, 0, 2), (b, 0, 2)), piece((base, 1, 3), (a, 50, 52), (b, 1, 3))],
+    }
+    assert told(merged).startswith("slices.1.sources.1.layer_range: 'a' has the layers 0 to ")
+    whole = {
+        "merge_method": "linear",
+        "models": [{"model": str(tmp_path / "nowhere"), "parameters": {"weight": 1}}],
+    }
+    assert told(whole).startswith(f"{tmp_path / 'nowhere'}: no such folder")
+    filtered = [{"filter": "mlp", "value": 1}]
+    odd = {
+        "merge_method": "linear",
+        "models": [{"model": m, "parameters": {"weight": filtered}} for m in (a, b)],
+    }
+    assert told(odd).startswith("models: tensor '")
+
+
+@pytest.mark.parametrize("name", ["-", "/dev/stdin"])
+@pytest.mark.parametrize("kind", ["ours", "mergekit"])
+def test_a_recipe_can_be_piped_in(
+    name: str, kind: str, own: tuple[Path, dict[str, Path]], tmp_path: Path
+) -> None:
+    merges = {"m": {"method": "linear", "inputs": ["a", "b"], "parameters": {"weight": 0.5}}}
+    models = [{"model": f"./{name}", "parameters": {"weight": 0.5}} for name in "ab"]
+    documents: dict[str, dict[str, Any]] = {
+        "ours": {"evomerge": 1, "models": {"a": "./a", "b": "./b"}, "merges": merges},
+        "mergekit": {"merge_method": "linear", "models": models},
+    }
+    command = [sys.executable, "-m", "evomerge", "merge", name, "out"]
+    text = yaml.safe_dump(documents[kind])
+    done = subprocess.run(command, input=text, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    merged, one, other = (
+        load_file(tmp_path / folder / "model.safetensors")["model.norm.weight"]
+        for folder in ("out", "a", "b")
+    )
+    assert torch.allclose(merged, (one + other) / 2)
 
 
 def test_rules_that_select_nothing_are_named(

@@ -21,7 +21,7 @@ from evomerge.checkpoints.files import (
     explain_weights,
 )
 from evomerge.checkpoints.tokenizer import CHAT_TEMPLATE_FILES, PROCESSOR_FILES, TOKENIZER_FILES
-from evomerge.errors import CheckpointError
+from evomerge.errors import CheckpointError, SourceNotFound
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo, RepoSibling
@@ -71,7 +71,7 @@ def download(source: str, revision: str | None, *, pickled: bool = False) -> Pat
         )
     except (OSError, ValueError, hub.HfHubHTTPError) as error:
         reason = f"cannot be downloaded: {(str(error).splitlines() or [type(error).__name__])[0]}"
-    raise CheckpointError(f"{source}: {reason}")
+    raise SourceNotFound(f"{source}: {reason}")
 
 
 def commit_of(source: str, folder: Path) -> str | None:

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from evomerge.checkpoints.files import ADAPTER_CONFIG, CONFIG_FILE, INDEX_FILE, SINGLE_FILE, explain_weights
-from evomerge.errors import CheckpointError
+from evomerge.errors import CheckpointError, SourceNotFound
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -49,7 +49,7 @@ def find(source: str, revision: str | None = None, *, pickled: bool = False) -> 
             )
         folder = path.absolute()
     elif not is_hub_id(source):
-        raise CheckpointError(
+        raise SourceNotFound(
             f"{source}: no such folder; name a folder with a checkpoint, or a hub id like org/name"
         )
     else:
@@ -57,7 +57,7 @@ def find(source: str, revision: str | None = None, *, pickled: bool = False) -> 
 
         folder = download(source, revision, pickled=pickled)
     if not folder.is_dir():
-        raise CheckpointError(f"{source}: is a file; name the folder that holds config.json and the weights")
+        raise SourceNotFound(f"{source}: is a file; name the folder that holds config.json and the weights")
     return folder
 
 

@@ -13,7 +13,7 @@ from evomerge.cli.parser import Commands, add_json, add_shard_size
 from evomerge.environment import prepare
 
 if TYPE_CHECKING:
-    from evomerge.recipe import Recipe
+    from evomerge.mergekit import Reading
 
 
 _MERGE_HELP = """\
@@ -56,7 +56,7 @@ code; a file that needs more is refused. Tensors keep their bytes.
 def add_commands(commands: Commands) -> None:
     """Declare them."""
     sub = commands.add("merge", _merge, "merge models by a recipe into a Hugging Face folder", _MERGE_HELP)
-    sub.add_argument("recipe", type=Path, metavar="RECIPE", help="a recipe, or a mergekit YAML")
+    sub.add_argument("recipe", type=Path, metavar="RECIPE", help="a recipe, or a mergekit YAML; - for stdin")
     sub.add_argument("out", type=Path, metavar="OUT", help="folder to write; must not exist")
     add_shard_size(sub)
     sub.add_argument("--device", default="cpu", metavar="DEVICE", help="does the arithmetic (default: cpu)")
@@ -94,13 +94,14 @@ def _merge(options: argparse.Namespace) -> int:
     from evomerge.merging import merge
     from evomerge.statistics.needed import in_lines
 
-    recipe = _read_recipe(options.recipe)
+    reading = _read_recipe(options.recipe)
     with (
         stoppable(f"{options.out} was not written"),
         progress_bar("reading the parents", "merging", in_bytes=True) as (show, say),
+        reading.in_file(),
     ):
         out = merge(
-            recipe,
+            reading.recipe,
             options.out,
             max_shard_size=options.max_shard_size,
             progress=show,
@@ -111,7 +112,7 @@ def _merge(options: argparse.Namespace) -> int:
     return 0
 
 
-def _read_recipe(path: Path) -> Recipe:
+def _read_recipe(path: Path) -> Reading:
     """Read a recipe of either kind; say on stderr how it is understood."""
     from evomerge.mergekit import open_recipe
 
@@ -121,7 +122,7 @@ def _read_recipe(path: Path) -> Recipe:
         print(f"dialect: {' and '.join(dialects)}", file=sys.stderr)
     for note in reading.notes:
         print(f"note: {note}", file=sys.stderr)
-    return reading.recipe
+    return reading
 
 
 def _extract_lora(options: argparse.Namespace) -> int:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from pydantic import ValidationError
 
 from evomerge.checkpoints.chat_templates import BUILT_IN
-from evomerge.errors import UserError, at, nearest
+from evomerge.errors import UserError, at, in_file, nearest
 from evomerge.mergekit.differences import of_method
 from evomerge.mergekit.document import (
     KEYS,
@@ -27,7 +28,18 @@ from evomerge.methods.registry import MergeMethod, Parameter, all_methods, get_m
 from evomerge.output import AUTO, UNION
 from evomerge.output import Tokenizer as OutputTokenizer
 from evomerge.output import TokenRule as OutputTokenRule
-from evomerge.recipe import DTYPES, Hop, Merge, Output, Recipe, Rule, Source, expand_home, load_recipe
+from evomerge.recipe import (
+    DTYPES,
+    Hop,
+    Merge,
+    Output,
+    Recipe,
+    Rule,
+    Source,
+    expand_home,
+    folder_of,
+    recipe_from,
+)
 from evomerge.schema import read_yaml, shown, validate
 from evomerge.settings import Filtered, Scalar, Setting, Value
 
@@ -61,10 +73,25 @@ class Reading:
     Attributes:
         recipe: the same merge as a recipe.
         notes: where the result differs from mergekit's, or a key does nothing; one sentence each.
+        file: where it was read.
+        keys: what keys of the recipe are called in the file, where they have other names.
     """
 
     recipe: Recipe
-    notes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    file: Path | str | None = None
+    keys: Mapping[str, str] = field(default_factory=dict)
+
+    def in_file(self) -> AbstractContextManager[None]:
+        """Name the file, and the key as it is called there, in errors about the recipe that are raised inside."""
+        return in_file(self.file, self._key)
+
+    def _key(self, key: str) -> str:
+        above = [known for known in self.keys if f"{key}.".startswith(f"{known}.")]
+        if not above:
+            return key
+        nearest_above = max(above, key=len)
+        return f"{self.keys[nearest_above]}{key[len(nearest_above) :]}".removeprefix(".")
 
 
 def is_mergekit(data: Mapping[str, Any]) -> bool:
@@ -73,12 +100,15 @@ def is_mergekit(data: Mapping[str, Any]) -> bool:
 
 
 def open_recipe(path: Path | str) -> Reading:
-    """Read a recipe file of ours (without notes) or a mergekit YAML; their keys tell them apart."""
-    path = Path(path)
+    """Read a recipe file of ours (without notes) or a mergekit YAML; their keys tell them apart.
+
+    ``-`` is standard input; paths in what is piped in are relative to the working directory.
+    """
+    path = Path("/dev/stdin") if str(path) == "-" else Path(path)
     data = read_yaml(path, "recipe")
     if is_mergekit(data):
-        return from_mergekit(data, path, path.parent)
-    return Reading(load_recipe(path), ())
+        return from_mergekit(data, path, folder_of(path))
+    return Reading(recipe_from(data, path), file=path)
 
 
 def read_mergekit(path: Path | str) -> Reading:
@@ -91,7 +121,7 @@ def read_mergekit(path: Path | str) -> Reading:
         UserError: file, key, value and fix. Unknown keys and parameters are refused, mergekit ignores them.
     """
     path = Path(path)
-    return from_mergekit(read_yaml(path, "recipe"), path, path.parent)
+    return from_mergekit(read_yaml(path, "recipe"), path, folder_of(path))
 
 
 def from_mergekit(
@@ -100,14 +130,15 @@ def from_mergekit(
     """Do what `read_mergekit` does with plain data; `file` is named in errors."""
     document = validate(Document, data, file)
     try:
-        reader = _Reader(document, folder or Path())
-        recipe = reader.recipe()
+        with in_file(file):
+            reader = _Reader(document, folder or Path())
+            recipe = reader.recipe()
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
         raise UserError(f"{at(file)}{problem}") from None
     except ValueError as error:
         raise UserError(f"{at(file)}{error}") from None
-    return Reading(recipe, tuple(dict.fromkeys(reader.notes)))
+    return Reading(recipe, tuple(dict.fromkeys(reader.notes)), file, reader.keys)
 
 
 @dataclass(frozen=True)
@@ -132,6 +163,7 @@ class _Part:
 class _Reader:
     def __init__(self, document: Document, folder: Path) -> None:
         self.notes: list[str] = []
+        self.keys = {"output.tokenizer": "tokenizer", "output.chat_template": "chat_template"}
         self._document = document
         self._folder = folder
         self._names: dict[str, str] = {}
@@ -150,12 +182,17 @@ class _Reader:
         for index, part in enumerate(parts):
             merge = self._merge(part)
             if not whole and self._copies(merge):
-                path += [Hop(model=merge.inputs[0], layer=layer) for layer in self._range(part, 0)]
+                hops = [Hop(model=merge.inputs[0], layer=layer) for layer in self._range(part, 0)]
+                self._note_keys(part, len(path), hops)
+                path += hops
                 continue
             name = self._free(merges, "merged" if len(parts) == 1 else f"slice{index}")
             merges[name] = merge
+            self.keys[f"merges.{name}"] = part.place.removesuffix(".sources")
             if not whole:
-                path += self._hops(part, name, merge)
+                hops = self._hops(part, name, merge)
+                self._note_keys(part, len(path), hops)
+                path += hops
         self._note_whole(parts)
         return Recipe(
             models=self._models,
@@ -312,6 +349,20 @@ class _Reader:
         start = part.sources[index][1]
         return range(start, start + (part.layers or 0))
 
+    def _note_keys(self, part: _Part, first: int, hops: Sequence[Hop]) -> None:
+        """Remember where the layers of a slice's hops come from."""
+        names = [self._name(reference) for reference, _, _ in part.sources]
+        donor = (
+            0
+            if part.base is None or self._name(part.base) not in names
+            else names.index(self._name(part.base))
+        )
+        for index, hop in enumerate(hops, first):
+            self.keys[f"path.{index}"] = part.place.removesuffix(".sources")
+            self.keys[f"path.{index}.layer"] = f"{part.place}.{donor}.layer_range"
+            for name in hop.layers:
+                self.keys[f"path.{index}.layers.{name}"] = f"{part.place}.{names.index(name)}.layer_range"
+
     def _hops(self, part: _Part, name: str, merge: Merge) -> list[Hop]:
         starts = {self._name(reference): start for reference, start, _ in part.sources}
         donor = merge.base or merge.inputs[0]
@@ -340,6 +391,7 @@ class _Reader:
                 stem += f"+{Path(reference.lora.path).name}"
             self._names[key] = name = self._free(self._models, stem)
             self._models[name] = self._source(reference)
+            self.keys[f"models.{name}"] = ""
         return self._names[key]
 
     def _source(self, reference: Reference) -> Source:

@@ -117,9 +117,18 @@ def merge(
     """
     if not isinstance(recipe, Recipe):
         reading = open_recipe(recipe)
-        recipe = reading.recipe
         for note in reading.notes:
             _log.warning("%s", note)
+        with reading.in_file():
+            return merge(
+                reading.recipe,
+                out,
+                max_shard_size=max_shard_size,
+                progress=progress,
+                threads=threads,
+                report=report,
+                device=device,
+            )
     prepare(offline=not recipe.uses_hub)
     checkpoints = open_parents(recipe)
     try:
@@ -243,16 +252,18 @@ def verify_sources(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Non
         expected = recipe.models[name].sha256
         if found != expected:
             raise UserError(
-                f"models.{name}.sha256: the recipe expects {expected}, {checkpoints[name].path} has {found}; "
-                "name the original checkpoint, or remove the line to merge this one"
+                f"the recipe expects {expected}, {checkpoints[name].path} has {found}; name the original "
+                "checkpoint, or remove the line to merge this one",
+                key=f"models.{name}.sha256",
             )
     tokenizer = recipe.output.vocabulary
     if tokenizer.is_folder(recipe.models) and tokenizer.sha256 is not None:
         found = tokenizer_sha256(Path(tokenizer.source))
         if found != tokenizer.sha256:
             raise UserError(
-                f"output.tokenizer.sha256: the recipe expects {tokenizer.sha256}, {tokenizer.source} has "
-                f"{found}; name the original folder, or remove the line to use this one"
+                f"the recipe expects {tokenizer.sha256}, {tokenizer.source} has {found}; name the original "
+                "folder, or remove the line to use this one",
+                key="output.tokenizer.sha256",
             )
 
 

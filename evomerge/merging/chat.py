@@ -65,7 +65,7 @@ def _check_syntax(template: str) -> None:
         Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
     except TemplateSyntaxError as error:
         raise UserError(
-            f"output.chat_template: line {error.lineno}: not a Jinja template: {error.message}"
+            f"line {error.lineno}: not a Jinja template: {error.message}", key="output.chat_template"
         ) from None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from evomerge.checkpoints import (
     AdaptedCheckpoint,
@@ -13,6 +13,7 @@ from evomerge.checkpoints import (
     open_checkpoint,
 )
 from evomerge.checkpoints.adapter_base import base_doubt
+from evomerge.errors import SourceNotFound
 from evomerge.merging.vocabulary import donor_of
 from evomerge.recipe import Recipe, Source
 
@@ -28,7 +29,7 @@ def open_parents(recipe: Recipe) -> dict[str, Checkpoint]:
         CheckpointError: a model cannot be read, or differs from the others in tensors, shapes or tokenizer.
     """
     under = _under(recipe)
-    checkpoints = open_sources(recipe.models, under)
+    checkpoints = open_sources(recipe.models, under, key_of="models.{}".format)
     merged, speaking = _merged_together(recipe), _token_users(recipe)
     warnings = adapter_doubts(recipe.models, checkpoints, under)
     for (first, *others), any_depth in merged:
@@ -42,12 +43,15 @@ def open_parents(recipe: Recipe) -> dict[str, Checkpoint]:
     return checkpoints
 
 
-def open_sources(sources: Mapping[str, Source], under: Mapping[str, str]) -> dict[str, Checkpoint]:
+def open_sources(
+    sources: Mapping[str, Source], under: Mapping[str, str], *, key_of: Callable[[str], str] | None = None
+) -> dict[str, Checkpoint]:
     """Open models and adapted models by name; a base that several adapters lie on is opened once.
 
     Args:
         sources: where they come from.
         under: for the name of a model that may be an adapter alone, the name of the model it then lies on.
+        key_of: returns the key of the user's file that says where a model is, named where there is none.
 
     Raises:
         CheckpointError: a model cannot be read, or an adapter does not fit its base.
@@ -58,14 +62,18 @@ def open_sources(sources: Mapping[str, Source], under: Mapping[str, str]) -> dic
         source = sources[name]
         place = (source.source, source.revision)
         base = opened.get(under.get(name, "")) if source.adapter is None else plain.get(place)
-        opened[name] = open_checkpoint(
-            source.source,
-            revision=source.revision,
-            adapter=source.adapter,
-            adapter_revision=source.adapter_revision,
-            name=name,
-            base=base,
-        )
+        try:
+            opened[name] = open_checkpoint(
+                source.source,
+                revision=source.revision,
+                adapter=source.adapter,
+                adapter_revision=source.adapter_revision,
+                name=name,
+                base=base,
+            )
+        except SourceNotFound as error:
+            key = None if key_of is None else key_of(name)
+            raise SourceNotFound(error.problem, key=key) from None
         if source.adapter is None:
             plain[place] = opened[name]
     return {name: opened[name] for name in sources}

@@ -92,8 +92,8 @@ def check_hops(path: Sequence[Hop], donors: Sequence[Checkpoint]) -> None:
     for index, (hop, donor) in enumerate(zip(path, donors, strict=True)):
         if hop.layer >= donor.num_layers:
             raise UserError(
-                f"path.{index}.layer: '{hop.model or hop.merge}' has the layers 0 to {donor.num_layers - 1}, "
-                f"not {hop.layer}"
+                f"'{hop.model or hop.merge}' has the layers 0 to {donor.num_layers - 1}, not {hop.layer}",
+                key=f"path.{index}.layer",
             )
     ours = _arithmetic(donors[0])
     for donor in donors:
@@ -139,7 +139,7 @@ def fold_scales(path: Sequence[Hop], donors: Sequence[Checkpoint]) -> tuple[Fold
     warnings: list[str] = []
     for index, (hop, donor, product) in enumerate(zip(path, donors, products, strict=True)):
         if not math.isfinite(product) or product == 0:
-            raise UserError(f"path.{index}.scale: the product of all scales up to here is {product}")
+            raise UserError(f"the product of all scales up to here is {product}", key=f"path.{index}.scale")
         if product == 1.0:
             layers.append({})
             continue
@@ -194,8 +194,9 @@ def _foldable_parts(donor: Checkpoint, hop: Hop, index: int) -> tuple[list[str],
     if odd or kind not in FOLDABLE_TYPES:
         why = f"its layers have '{min(odd)}'" if odd else f"model type '{kind}' is not known to have them"
         raise UserError(
-            f"path.{index}.scale: a scale other than 1 folds exactly only into plain pre-norm blocks, like those "
-            f"of Llama; {why}; use scale 1"
+            "a scale other than 1 folds exactly only into plain pre-norm blocks, like those of Llama; "
+            f"{why}; use scale 1",
+            key=f"path.{index}.scale",
         )
     outputs = [stem for stem, name in names.items() if _OUTPUT.fullmatch(name)]
     # A norm's bias is added after the sign: turning the weight turns what the sign turned back.

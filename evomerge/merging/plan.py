@@ -257,7 +257,7 @@ def _check_layers(index: int, hop: Hop, checkpoints: Mapping[str, Checkpoint]) -
         count = checkpoints[model].num_layers
         if layer >= count:
             raise UserError(
-                f"path.{index}.layers.{model}: '{model}' has the layers 0 to {count - 1}, not {layer}"
+                f"'{model}' has the layers 0 to {count - 1}, not {layer}", key=f"path.{index}.layers.{model}"
             )
 
 
@@ -411,18 +411,19 @@ def _values(
         value = resolved.get(parameter.name)
         if value is None:
             raise UserError(
-                f"merges.{name}: tensor '{tensor}' has no value for '{parameter.name}' of {method}"
+                f"tensor '{tensor}' has no value for '{parameter.name}' of {method}", key=f"merges.{name}"
             )
         each = value if isinstance(value, dict) else dict.fromkeys(merge.inputs, value)
         missing = [model for model in merge.inputs if model not in each]
         if missing:
             raise UserError(
-                f"merges.{name}: tensor '{tensor}' has no value for '{parameter.name}' of input '{missing[0]}'"
+                f"tensor '{tensor}' has no value for '{parameter.name}' of input '{missing[0]}'",
+                key=f"merges.{name}",
             )
         if parameter.kind == "int":
             # A gradient between whole numbers need not meet one.
             for model in merge.inputs:
-                _check_whole(parameter, each[model], f"merges.{name}: tensor '{tensor}': {parameter.name}")
+                _check_whole(parameter, each[model], f"tensor '{tensor}': {parameter.name}", f"merges.{name}")
         if parameter.scope == "shared":
             values[parameter.name] = each[merge.inputs[0]]
         else:
@@ -430,11 +431,11 @@ def _values(
     return values
 
 
-def _check_whole(parameter: Parameter, value: Any, place: str) -> None:
+def _check_whole(parameter: Parameter, value: Any, place: str, key: str) -> None:
     try:
         parameter.check(value, place)
     except ValueError as error:
-        raise UserError(str(error)) from None
+        raise UserError(str(error), key=key) from None
 
 
 def _main_dtype(jobs: Sequence[TensorJob]) -> torch.dtype:

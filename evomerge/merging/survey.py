@@ -53,7 +53,8 @@ def global_thresholds(
         if len(densities) > 1:
             raise UserError(
                 f"trim: global ranks all tensors together, but density differs between them "
-                f"('{members[0].name}' and others); give each input one density, or use trim: tensor"
+                f"('{members[0].name}' and others); give each input one density, or use trim: tensor",
+                key="",
             )
         each = next(iter(densities))
         assert isinstance(each, tuple)
@@ -80,7 +81,8 @@ def _select(
             operands = operands_of(job)
             if operands.dtype == torch.float64:
                 raise UserError(
-                    f"trim: global needs weights of 32 bits or fewer, '{job.name}' has 64; use trim: tensor"
+                    f"trim: global needs weights of 32 bits or fewer, '{job.name}' has 64; use trim: tensor",
+                    key="",
                 )
             parts[job.name] = digit_counts(operands, k, prefix, shift)
 

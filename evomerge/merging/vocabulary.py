@@ -345,7 +345,9 @@ class OutputVocabulary:
         for token, rule in self._rules.items():
             i = self.ids.get(token, self.rows)
             if i >= self.rows:
-                raise UserError(f"output.tokenizer.tokens.{token}: the output's tokenizer has no such token")
+                raise UserError(
+                    "the output's tokenizer has no such token", key=f"output.tokenizer.tokens.{token}"
+                )
             rows[:, i] = -1
             if rule.source.model is not None:
                 rows[donors.index(rule.source.model), i] = self._row_of(token, rule.source)
@@ -364,7 +366,9 @@ class OutputVocabulary:
             row = read_vocabulary(model.path).ids.get(wanted, self._sizes[name])
             what = f"token {wanted!r}"
         if row >= self._sizes[name]:
-            raise UserError(f"output.tokenizer.tokens.{token}.source: the model '{name}' has no {what}")
+            raise UserError(
+                f"the model '{name}' has no {what}", key=f"output.tokenizer.tokens.{token}.source"
+            )
         return row
 
 

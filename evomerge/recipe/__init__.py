@@ -1,7 +1,14 @@
 """The recipe: the complete, deterministic description of one merged model."""
 
 from evomerge.output import Output
-from evomerge.recipe.reading import expand_home, load_recipe, resolve_output, resolve_source
+from evomerge.recipe.reading import (
+    expand_home,
+    folder_of,
+    load_recipe,
+    recipe_from,
+    resolve_output,
+    resolve_source,
+)
 from evomerge.recipe.schema import DTYPES, Hop, Merge, Recipe, Rule, Source
 
 __all__ = [
@@ -13,7 +20,9 @@ __all__ = [
     "Rule",
     "Source",
     "expand_home",
+    "folder_of",
     "load_recipe",
+    "recipe_from",
     "resolve_output",
     "resolve_source",
 ]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from evomerge.errors import UserError
+from evomerge.errors import UserError, in_file
 from evomerge.output import Output
 from evomerge.recipe.schema import Recipe, Source
 from evomerge.schema import read_text, read_yaml
@@ -14,25 +14,38 @@ from evomerge.schema import read_text, read_yaml
 
 def load_recipe(path: Path) -> Recipe:
     """Read a recipe file. Relative sources in it are relative to the file."""
-    data = read_yaml(path, "recipe")
+    return recipe_from(read_yaml(path, "recipe"), path)
+
+
+def recipe_from(data: Mapping[str, Any], path: Path) -> Recipe:
+    """Do what `load_recipe` does with what the file at `path` holds."""
     if "evomerge" not in data:
         raise UserError(f"{path}: not an evomerge recipe: the first key should be 'evomerge: 1'")
     if data["evomerge"] != 1:
         raise UserError(f"{path}: evomerge: version {data['evomerge']!r} is not known; this is version 1")
     recipe = Recipe.from_dict(data, path)
-    folder = path.parent.resolve()
+    folder = folder_of(path)
+    with in_file(path):
+        models = {name: _placed(name, source, folder) for name, source in recipe.models.items()}
+        merges = {
+            name: merge.model_copy(update={"data": merge.data.placed(folder)}) if merge.data else merge
+            for name, merge in recipe.merges.items()
+        }
+        output = resolve_output(recipe.output, models, folder)
+    return recipe.model_copy(update={"models": models, "merges": merges, "output": output})
 
-    def place(source: Source) -> Source:
+
+def folder_of(path: Path) -> Path:
+    """Return the folder that a recipe's paths are relative to: the working directory for one that is piped in."""
+    return path.parent.resolve() if path.is_file() else Path.cwd()
+
+
+def _placed(name: str, source: Source, folder: Path) -> Source:
+    try:
         adapter = None if source.adapter is None else resolve_source(source.adapter, folder)
         return source.model_copy(update={"source": resolve_source(source.source, folder), "adapter": adapter})
-
-    merges = {
-        name: merge.model_copy(update={"data": merge.data.placed(folder)}) if merge.data else merge
-        for name, merge in recipe.merges.items()
-    }
-    models = {name: place(source) for name, source in recipe.models.items()}
-    output = resolve_output(recipe.output, models, folder)
-    return recipe.model_copy(update={"models": models, "merges": merges, "output": output})
+    except UserError as error:
+        raise UserError(error.problem, key=f"models.{name}") from None
 
 
 def resolve_output(output: Output, models: Iterable[str], folder: Path) -> Output:
@@ -45,7 +58,10 @@ def resolve_output(output: Output, models: Iterable[str], folder: Path) -> Outpu
             update={"source": resolve_source(tokenizer.source, folder)}
         )
     if template is not None and template.endswith(".jinja") and template not in models:
-        update["chat_template"] = read_text(folder / expand_home(template), "chat template")
+        try:
+            update["chat_template"] = read_text(folder / expand_home(template), "chat template")
+        except UserError as error:
+            raise UserError(error.problem, key="output.chat_template") from None
     return output.model_copy(update=update)
 
 
@@ -64,4 +80,4 @@ def expand_home(text: str) -> Path:
     try:
         return Path(text).expanduser()
     except RuntimeError:
-        raise UserError(f"{text}: there is no such home folder; write the path out") from None
+        raise UserError(f"{text}: there is no such home folder; write the path out", key="") from None

@@ -13,7 +13,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from evomerge.checkpoints.names import ROLES, Position, Role, TensorName
 from evomerge.data_config import Data
-from evomerge.errors import nearest
+from evomerge.errors import UserError, nearest
 from evomerge.methods.expressions import factors
 from evomerge.methods.registry import Needs, get_method
 from evomerge.output import Output
@@ -268,12 +268,7 @@ class Recipe(Frozen):
         models = {
             name: source.model_copy(update={"sha256": hashes[name]}) for name, source in self.models.items()
         }
-        merges = {
-            name: merge.model_copy(update={"data": merge.data.pinned()})
-            if merge.data and merge.needs
-            else merge
-            for name, merge in self.merges.items()
-        }
+        merges = {name: _with_pinned_data(name, merge) for name, merge in self.merges.items()}
         return self.model_copy(update={"models": models, "merges": merges})
 
     def to_dict(self) -> dict[str, Any]:
@@ -288,6 +283,15 @@ class Recipe(Frozen):
     def from_dict(cls, data: Any, file: Path | str | None = None) -> Recipe:
         """Validate plain data; `file` is named in errors."""
         return validate(cls, data, file)
+
+
+def _with_pinned_data(name: str, merge: Merge) -> Merge:
+    if merge.data is None or not merge.needs:
+        return merge
+    try:
+        return merge.model_copy(update={"data": merge.data.pinned()})
+    except UserError as error:
+        raise UserError(str(error), key=f"merges.{name}.data.texts") from None
 
 
 def _with_factors(parameters: dict[str, Value], inputs: Sequence[str]) -> dict[str, Value]:
