@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 from evomerge.checkpoints.files import ADAPTER_CONFIG, ADAPTER_FILE
 from evomerge.checkpoints.header import build_header
 from evomerge.errors import InfrastructureError, UserError
+from evomerge.folders import hidden_beside
 
 Entry = tuple[str, tuple[int, ...], torch.dtype, Iterable[Tensor]]
 """Name, shape and dtype of a tensor, and its elements in order in contiguous pieces."""
@@ -35,7 +35,7 @@ def write_adapter(out: Path, config: Mapping[str, Any], tensors: Sequence[Entry]
         InfrastructureError: the disk is full; nothing is left behind.
     """
     out = Path(os.path.abspath(out))
-    partial = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
+    partial = hidden_beside(out)
     ordered = sorted(tensors, key=lambda tensor: -tensor[2].itemsize)
     header, _ = build_header([tensor[:3] for tensor in ordered])
     try:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import copy
 import errno
-import fcntl
-import glob
 import json
 import math
 import os
 import re
-import secrets
 import shutil
 import threading
 from collections import Counter
@@ -28,6 +25,7 @@ from evomerge.checkpoints.model_config import set_dtype
 from evomerge.checkpoints.pieces import PIECE, PieceFile, PiecePool, write_at
 from evomerge.checkpoints.tokenizer import PROCESSOR_FILES, copy_tokenizer
 from evomerge.errors import InfrastructureError, UserError
+from evomerge.folders import hidden_beside, lock_folder, remove_abandoned
 
 T = TypeVar("T")
 
@@ -104,7 +102,7 @@ class CheckpointWriter:
         self._generation = generation
         self._shards = plan_shards(self._layout, max_shard_size)
         self._total = sum(_nbytes(tensor) for tensor in self._layout)
-        self._folder = self.out.with_name(f".{self.out.name}.{secrets.token_hex(4)}.partial")
+        self._folder = hidden_beside(self.out)
         self._made: list[Path] = []
         self._descriptors: list[int] = []
         self._folder_lock: int | None = None
@@ -232,21 +230,12 @@ class CheckpointWriter:
             )
 
     def _make_folders(self) -> None:
-        self._remove_abandoned()
+        remove_abandoned(self.out)
         missing = [parent for parent in self.out.parents if not parent.exists()]
         for folder in (*reversed(missing), self._folder):
             folder.mkdir()
             self._made.append(folder)
-        self._folder_lock = _lock(self._folder)
-
-    def _remove_abandoned(self) -> None:
-        """Remove hidden folders of writers for the same `out` whose process is gone."""
-        pattern = glob.escape(f".{self.out.name}.") + "[0-9a-f]" * 8 + ".partial"
-        for folder in self.out.parent.glob(pattern):
-            lock = _lock(folder)
-            if lock is not None:
-                shutil.rmtree(folder, ignore_errors=True)
-                os.close(lock)
+        self._folder_lock = lock_folder(self._folder)
 
     def _refuse_full_disk(self) -> None:
         if shutil.disk_usage(self._folder).free < self._total:
@@ -370,23 +359,6 @@ def plan_shards(
 
 def _nbytes(tensor: tuple[str, tuple[int, ...], torch.dtype]) -> int:
     return math.prod(tensor[1]) * tensor[2].itemsize
-
-
-def _lock(folder: Path) -> int | None:
-    """Lock a folder until the returned descriptor is closed or the process ends.
-
-    Returns None where somebody else holds the lock, or where the file system has none.
-    """
-    try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
 
 
 def _reserve(descriptor: int, size: int) -> None:

@@ -5,12 +5,11 @@ A folder holds safetensors files, written one layer (or tensor) at a time, and `
 
 from __future__ import annotations
 
+import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -29,6 +28,7 @@ from evomerge.checkpoints.header import read_header
 from evomerge.checkpoints.open_files import OpenFiles
 from evomerge.environment import cache_folder
 from evomerge.errors import CheckpointError, InfrastructureError, UserError
+from evomerge.folders import hidden_beside, lock_folder, remove_abandoned
 from evomerge.methods.registry import Needs
 from evomerge.methods.statistics import Statistic
 
@@ -66,15 +66,24 @@ def _state(folder: Path) -> tuple[tuple[str, int, int], ...]:
     return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
 
 
+def statistics_cache() -> Path:
+    """Return the folder in which statistics are kept, each in a folder that is called by its key."""
+    return cache_folder() / "statistics"
+
+
 def cached_folder(key: str) -> Path:
     """Return where statistics of a key are kept."""
-    return cache_folder() / "statistics" / key
+    return statistics_cache() / key
 
 
 def find_statistics(key: str) -> Statistics | None:
-    """Open the kept statistics of a key; None if there are none."""
+    """Open the kept statistics of a key, which counts as a use of them; None if there are none."""
     folder = cached_folder(key)
-    return Statistics(folder) if (folder / ABOUT).is_file() else None
+    if not (folder / ABOUT).is_file():
+        return None
+    with contextlib.suppress(OSError):
+        os.utime(folder / ABOUT)
+    return Statistics(folder)
 
 
 class Source(Protocol):
@@ -189,21 +198,18 @@ class StatisticsWriter:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._partial = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.partial")
+        self._partial = hidden_beside(folder)
         self._count = 0
         self._lock: int | None = None
 
     def __enter__(self) -> StatisticsWriter:
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
-            for abandoned in self.folder.parent.glob(f".{self.folder.name}.*.partial"):
-                if (lock := _locked(abandoned)) is not None:
-                    shutil.rmtree(abandoned, ignore_errors=True)
-                    os.close(lock)
+            remove_abandoned(self.folder)
             self._partial.mkdir()
         except OSError as error:
             raise _told(self.folder, error) from None
-        self._lock = _locked(self._partial)
+        self._lock = lock_folder(self._partial)
         return self
 
     def __exit__(
@@ -237,23 +243,14 @@ class StatisticsWriter:
         return Statistics(self.folder)
 
 
-def _locked(folder: Path) -> int | None:
-    """Lock a folder while its process lives; None where another process holds it."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
-
-
 def _told(folder: Path, error: Exception) -> Exception:
     number = getattr(error, "errno", None)
+    kept = folder.parent == statistics_cache()
     if number in (errno.ENOSPC, errno.EDQUOT) or f"os error {errno.ENOSPC}" in str(error).lower():
+        fix = "set EVOMERGE_CACHE to a folder on another disk" if kept else "name a folder on another disk"
         return InfrastructureError(
-            f"{folder.parent}: the disk is full: the statistics of a model could not be written; make room, or "
-            "set EVOMERGE_CACHE to a folder on another disk"
+            f"{folder.parent}: the disk is full: the statistics of a model could not be written; make room, or {fix}"
         )
     reason = getattr(error, "strerror", None) or error
-    return UserError(f"{folder.parent}: cannot be written: {reason}; set EVOMERGE_CACHE to another folder")
+    fix = "set EVOMERGE_CACHE to another folder" if kept else "name another folder"
+    return UserError(f"{folder.parent}: cannot be written: {reason}; {fix}")

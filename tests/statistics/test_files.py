@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from evomerge.cli import main
 from evomerge.errors import InfrastructureError, UserError
 from evomerge.methods import Statistic
 from evomerge.statistics import files
-from evomerge.statistics.files import Statistics, StatisticsWriter, with_rows
+from evomerge.statistics.files import Statistics, StatisticsWriter, cached_folder, find_statistics, with_rows
 
 ABOUT = {"kind": "gram", "unit": 2.0, "tensors": {"x": "x", "y": "x"}}
 
@@ -67,15 +70,28 @@ def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, er
         raise error
 
     monkeypatch.setattr(files, "save_file", full)
-    with pytest.raises(InfrastructureError, match="the disk is full: the statistics"):
+    with pytest.raises(
+        InfrastructureError, match=r"disk is full: the statistics .* name a folder on another disk$"
+    ):
         write(tmp_path / "s")
     assert list(tmp_path.iterdir()) == []
+    with pytest.raises(
+        InfrastructureError, match=r"the disk is full: .* set EVOMERGE_CACHE to a folder on another"
+    ):
+        write(cached_folder("s"))
 
 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot be written: .*; set EVOMERGE_CACHE"):
+    with pytest.raises(UserError, match=r"cannot be written: .*; name another folder$"):
         write(tmp_path / "file" / "s")
+
+
+def test_a_cache_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("EVOMERGE_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"cannot be written: .*; set EVOMERGE_CACHE to another folder$"):
+        write(cached_folder("s"))
 
 
 @pytest.mark.parametrize("step", [1, 3, 4, 7, 100])
@@ -88,3 +104,74 @@ def test_rows_are_moved_and_missing_ones_are_zero(step: int) -> None:
     assert moved.values.numel() == 32
     parts = [moved.values[start : start + step] for start in range(0, 32, step)]
     assert torch.equal(torch.cat(parts), expected)
+
+
+DAY = 86_400
+
+
+def key_of(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()
+
+
+def keep(name: str, days: float) -> Path:
+    """Keep statistics of a model of some name that were last used some days ago."""
+    key = key_of(name)
+    with StatisticsWriter(cached_folder(key)) as writer:
+        writer.write({"x": torch.ones(1000)})
+        folder = writer.commit({**ABOUT, "model": f"models/{name}", "texts": "texts.jsonl"}).folder
+    used = time.time() - days * DAY
+    os.utime(folder / "about.json", (used, used))
+    return folder
+
+
+def test_kept_statistics_are_listed_and_pruned_by_their_last_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("EVOMERGE_CACHE", str(tmp_path))
+    old, used, new = keep("old", 40), keep("used", 40), keep("new", 3)
+    damaged = tmp_path / "statistics" / key_of("damaged")
+    damaged.mkdir()
+    foreign = tmp_path / "statistics" / "my own"
+    foreign.mkdir()
+    assert find_statistics(key_of("used")) is not None
+    abandoned = tmp_path / "statistics" / ".gone.01234567.partial"
+    abandoned.mkdir()
+    with StatisticsWriter(cached_folder(key_of("growing"))) as growing:
+        assert main(["statistics", "--list"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert sorted(line.split()[-1] for line in lines) == sorted(map(str, (old, used, new, damaged)))
+        assert [line.split()[-1] for line in lines[-2:]] == [str(new), str(old)]
+        assert lines[-1].split()[2:6] == ["40", "d", "gram", "models/old"]
+        assert main(["statistics", "--prune", "30"]) == 0
+        said = capsys.readouterr().out.splitlines()
+        assert [line.split()[-1] for line in said[:-1]] == [str(old)]
+        assert said[-1].startswith(f"1 removed from {tmp_path / 'statistics'}, ")
+        assert not abandoned.exists()
+        growing.write({"x": torch.ones(3)})
+        growing.commit(ABOUT)
+    assert not old.exists()
+    assert all(folder.is_dir() for folder in (used, new, damaged))
+    assert main(["statistics", "--prune", "0"]) == 0
+    assert list((tmp_path / "statistics").iterdir()) == [foreign]
+    capsys.readouterr()
+    assert main(["statistics", "--list"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "MODEL is missing"),
+        (["model"], "--data is missing"),
+        (["model", "--data", "texts.jsonl"], "--kind is missing"),
+        (["model", "--list"], "give nothing else"),
+        (["--prune", "-1"], "--prune -1: give a number of days from 0 on"),
+        (["--prune", "nan"], "--prune nan: give a number of days from 0 on"),
+        (["--prune", "soon"], "--prune: invalid float value: 'soon'"),
+    ],
+)
+def test_mistakes_about_what_is_kept_are_told(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["statistics", *arguments]) == 2
+    assert message in capsys.readouterr().err
