@@ -9,8 +9,9 @@ from typing import Any
 
 from evomerge.config import Splits, TaskSpec
 from evomerge.config import Suite as SuiteConfig
-from evomerge.errors import UserError
+from evomerge.errors import UserError, at
 from evomerge.evaluation.entries import Entry, Reply
+from evomerge.evaluation.gold import gold_entries
 from evomerge.evaluation.guards import Answers
 from evomerge.evaluation.items import Item, Split
 from evomerge.evaluation.metrics import Metric, choose_metric
@@ -44,6 +45,7 @@ class HarnessTask:
         file: Path | str | None,
     ) -> None:
         self._template = template
+        self._place = at(file, f"{key}.metric")
         self._parts = TaskSplits(load_source(spec, suite, key=key, file=file), splits, file)
         task = self._parts.tasks["search"]
         self.metric = choose_metric(
@@ -75,6 +77,8 @@ class HarnessTask:
                     material=Asked(instances, gold, choices),
                 )
             )
+        if self.metric.of_gold:
+            return gold_entries(entries, self.metric, self._place)
         return entries
 
 

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from evomerge.errors import CandidateFailed, UserError, at, nearest
 
-Kind = Literal["share", "brier", "perplexity", "weighted_perplexity", "bits_per_byte"]
+Kind = Literal["share", "brier", "perplexity", "weighted_perplexity", "bits_per_byte",
+               "gold_nll", "gold_bits_per_byte"]  # fmt: skip
 _KIND_OF_AGGREGATION: dict[str, Kind] = {
     "mean": "share",
     "brier_score": "brier",
@@ -29,7 +30,8 @@ class Metric:
         name, filter: as the task calls them.
         kind: how lm-eval's per-item result is read:
             share – a number in [0, 1]; brier – (gold index, probabilities);
-            perplexity – a log-likelihood ℓ; weighted_perplexity, bits_per_byte – (ℓ, words or bytes).
+            perplexity – a log-likelihood ℓ; weighted_perplexity, bits_per_byte and the gold ones – (ℓ, words or
+            bytes).
         higher_is_better: of the raw value.
     """
 
@@ -38,12 +40,17 @@ class Metric:
     kind: Kind
     higher_is_better: bool
 
+    @property
+    def of_gold(self) -> bool:
+        """Whether it is the probability of the reference answer, which evomerge computes itself."""
+        return self.kind in GOLD
+
     def item(self, result: Any, task: str) -> tuple[float, float]:
         """Map an item's result to (raw, value).
 
         raw is in the metric's units; value lies in [0, 1], larger is better: the raw share; 1 − raw / 2
-        (brier); 1 / raw (perplexities); 2^−raw (bits per byte); or 1 minus that, where the other direction
-        is the better one.
+        (brier); 1 / raw (perplexities); 2^−raw (bits per byte); exp(−raw / bytes) (gold_nll); or 1 minus that,
+        where the other direction is the better one.
 
         Raises:
             CandidateFailed: the result is not finite.
@@ -79,9 +86,19 @@ class Metric:
             return raw, 1 - raw / 2
         loglikelihood, weight = (result, 1) if self.kind == "perplexity" else result
         rate = -float(loglikelihood) / float(weight) if weight else 0.0
-        if self.kind == "bits_per_byte":
+        if self.kind in ("bits_per_byte", "gold_bits_per_byte"):
             return rate / math.log(2), math.exp(-rate)
+        if self.kind == "gold_nll":
+            return -float(loglikelihood), math.exp(-rate)
         return math.exp(min(rate, _LARGEST_EXPONENT)), math.exp(-rate)
+
+
+GOLD: Mapping[str, Kind] = {"gold_nll": "gold_nll", "gold_bits_per_byte": "gold_bits_per_byte"}
+"""Metrics of every task with reference answers: −log p(answer | prompt) in nats, and in bits per UTF-8 byte.
+
+Both map to the same value, the geometric mean over the answer's bytes of their probability: the probability of a
+whole answer of a hundred tokens is 0 for every model, and a mean over tokens would change with the tokenizer.
+"""
 
 
 def choose_metric(
@@ -97,7 +114,7 @@ def choose_metric(
 
     Args:
         task: the lm-eval task.
-        wanted: ``auto`` (the task's first metric), a metric, or ``metric,filter``.
+        wanted: ``auto`` (the task's first metric), a metric, ``metric,filter``, or one of `GOLD`.
         name: the task's name in messages; `file` and `key` say where `wanted` was written.
         direction: which way is better, whatever lm-eval says.
 
@@ -108,22 +125,35 @@ def choose_metric(
     filters = [entry["name"] for entry in task.config.filter_list] if task.config.filter_list else ["none"]
     kinds = _kinds(task)
     usable = [metric for metric in known if metric in kinds]
-    choices = ", ".join(f"'{m},{f}'" if len(filters) > 1 else f"'{m}'" for m in usable for f in filters)
     place = at(file, key)
+    whole = task.OUTPUT_TYPE == "loglikelihood_rolling"
+    gold = [] if whole else [metric for metric in GOLD if metric not in known]
+    choices = ", ".join(
+        [f"'{m},{f}'" if len(filters) > 1 else f"'{m}'" for m in usable for f in filters]
+        + [f"'{metric}'" for metric in gold]
+    )
 
-    if not known:
-        raise UserError(f"{place}task '{name}' has no metric")
     metric, _, chosen = (part.strip() for part in wanted.partition(","))
+    if metric in gold and not chosen:
+        return Metric(metric, "none", GOLD[metric], direction == "maximize")
+    if metric in GOLD and whole and metric not in known:
+        raise UserError(
+            f"{place}task '{name}' scores whole texts, which have no prompt and answer; use bits_per_byte"
+        )
+    if metric in gold:
+        raise UserError(f"{place}metric '{metric}' filters nothing; write '{metric}' alone")
+    if metric == "auto" and not known:
+        raise UserError(f"{place}task '{name}' has no metric of its own; usable: {choices or 'none'}")
     if metric == "auto":
         metric = known[0]
     if metric not in known:
         raise UserError(
-            f"{place}task '{name}' has no metric '{metric}'{nearest(metric, known)}; usable: {choices}"
+            f"{place}task '{name}' has no metric '{metric}'{nearest(metric, [*known, *gold])}; usable: {choices}"
         )
     if metric not in kinds:
         raise UserError(
             f"{place}metric '{metric}' of task '{name}' is not a mean over items, so it cannot be fitness; "
-            + (f"usable: {choices}" if usable else "the task has no other metric: leave the task out")
+            + (f"usable: {choices}" if choices else "the task has no other metric: leave the task out")
         )
     if chosen and chosen not in filters:
         raise UserError(

@@ -97,9 +97,11 @@ def test_metrics_that_are_no_mean_over_items_are_refused(tmp_path: Path) -> None
     for metric in ("auto", "mcc", "likelihood"):
         message = refusal(tmp_path, {"task": "tiny", "metric": metric})
         assert "is not a mean over items" in message
-        assert message.endswith("usable: 'acc'")
+        assert message.endswith("usable: 'acc', 'gold_nll', 'gold_bits_per_byte'")
     bleu = {"metric": "bleu", "aggregation": "bleu", "higher_is_better": True}
     write_task(tmp_path, kind="generate", metric_list=[bleu])
+    assert refusal(tmp_path).endswith("usable: 'gold_nll', 'gold_bits_per_byte'")
+    write_task(tmp_path, kind="rolling", metric_list=[bleu])
     assert "no other metric" in refusal(tmp_path)
 
 
