@@ -168,7 +168,8 @@ class TaskSpec(Frozen):
     """One task of the suite, as lm-eval knows it.
 
     Attributes:
-        task: lm-eval's name of it.
+        task: lm-eval's name of it, or of a group or tag, whose tasks share metric, weight and all else that is
+            said here; or the path of a task's YAML.
         name: what results call it; by default the task's name, and with the metric where the suite lists the
             task more than once.
         metric: ``auto`` (the task's first), a metric, or ``metric,filter``.
@@ -202,6 +203,14 @@ class TaskSpec(Frozen):
         if isinstance(data, dict) and "task" in data and data.get("name") is None:
             return {**data, "name": data["task"]}
         return data
+
+    def placed(self, folder: Path) -> TaskSpec:
+        """Return the entry with a task's path made absolute: it is relative to the folder."""
+        if not self.task.startswith((".", "/", "~")):
+            return self
+        path = str((folder / expand_home(self.task)).resolve())
+        name = path + self.name.removeprefix(self.task) if self.name.startswith(self.task) else self.name
+        return self.model_copy(update={"task": path, "name": name})
 
 
 class Suite(Frozen):
@@ -315,12 +324,6 @@ class Config(Frozen):
                 self.space.data.check_inputs(tuple(self.models.experts))
             except ValueError as error:
                 raise ValueError(f"space.data.{error}") from None
-            known_tasks = [task.name for task in self.suite.tasks]
-            for name in self.space.data.tasks:
-                if name not in known_tasks:
-                    raise ValueError(
-                        f"space.data.texts: no task of the suite is called '{name}'{nearest(name, known_tasks)}"
-                    )
         for name, specs in self.space.parameters.items():
             for spec in specs:
                 if spec.per not in (None, "expert", "shared", *self.models.experts):
@@ -401,7 +404,8 @@ def _absolute(config: Config, folder: Path) -> Config:
         experts={name: place(ref) for name, ref in config.models.experts.items()},
     )
     include = tuple(str((folder / expand_home(entry)).resolve()) for entry in config.suite.include)
-    suite = config.suite.model_copy(update={"include": include})
+    tasks = tuple(task.placed(folder) for task in config.suite.tasks)
+    suite = config.suite.model_copy(update={"include": include, "tasks": tasks})
     output = resolve_output(config.output, ("base", *config.models.experts), folder)
     space = config.space
     if space.data is not None:

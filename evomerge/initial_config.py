@@ -15,8 +15,8 @@ import yaml
 
 from evomerge.config import RESERVED, Config, parse_config
 from evomerge.errors import UserError
-from evomerge.evaluation.definitions import find_definition
 from evomerge.evaluation.items import SPLITS
+from evomerge.evaluation.library import Library
 from evomerge.mergekit import open_recipe
 from evomerge.methods.registry import Parameter, get_method
 from evomerge.recipe import Merge, Recipe, Source, expand_home
@@ -314,17 +314,22 @@ def _range(parameter: Parameter, numbers: Sequence[float]) -> list[float]:
 
 def _suite(tasks: Sequence[str], include: Sequence[str]) -> tuple[list[str], list[str]]:
     """Write the suite and the splits: by the names that all tasks share, else cut from each task's own split."""
+    library = Library(include, None)
     cuts: dict[str, str | None] = {}
+    weights: dict[str, float] = {}
     for task in tasks:
-        definition = find_definition(task, include, file=None, key="--tasks").config
-        cuts[task] = _cut(definition, task)
+        definitions = library.expand(task, key="--tasks").definitions
+        members = {definition.name: _cut(definition.config, definition.name) for definition in definitions}
+        alike = len(set(members.values())) == 1
+        cuts |= {task: next(iter(members.values()))} if alike else members
+        weights |= {task: 1.0} if alike else {name: round(1 / len(members), 6) for name in members}
     common = set(cuts.values())
     lines = ["suite:"]
     if include:
         lines.append(f"  include: {_flow(list(include))}   # folders of task files")
     lines.append("  tasks:                              # what is measured, and how much each one counts")
     for task, cut in cuts.items():
-        entry: dict[str, Any] = {"task": task, "weight": 1.0}
+        entry: dict[str, Any] = {"task": task, "weight": weights[task]}
         if len(common) > 1:
             entry["splits"] = _splits(cut)
         lines.append(f"    - {_flow(entry)}")

@@ -1,19 +1,17 @@
-"""Finding task definitions: lm-eval YAMLs, read as text and checked before anything in them may run."""
+"""Task definitions: lm-eval YAMLs, read as text and checked before anything in them may run."""
 
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from evomerge.errors import UserError, at, nearest
+from evomerge.errors import UserError, at
 
-_IGNORED = {"__pycache__", ".ipynb_checkpoints"}
 _CODE_METRICS = {"code_eval", "pass_at_k", "pass_at_1", "pass@k", "pass@1"}
 _FILE_KEYS = ("data_files", "data_dir")
 
@@ -34,9 +32,9 @@ class Definition:
         name: the task's name.
         file: its YAML.
         config: the merged keys, `PythonCall`s in place of functions, data files as absolute paths.
-        calls: every Python call of the file and those it includes, also the overridden ones: lm-eval
-            imports them all.
+        calls: every Python call of the file and those it includes, also the overridden ones.
         unsafe_templates: templates that reach for Python's internals.
+        groups: YAMLs of groups that override keys of it.
     """
 
     name: str
@@ -44,49 +42,47 @@ class Definition:
     config: Mapping[str, Any]
     calls: tuple[PythonCall, ...]
     unsafe_templates: tuple[str, ...]
+    groups: tuple[Path, ...] = ()
 
 
-def find_definition(name: str, include: Sequence[str], *, file: Path | str | None, key: str) -> Definition:
-    """Find a task by name: in the include folders first, then among lm-eval's own.
+@dataclass(frozen=True)
+class Reading:
+    """One YAML with those it includes: the merged keys, and what in them may run."""
 
-    lm-eval's index of its own tasks takes seconds; it is only made for a name that no folder defines.
+    keys: dict[str, Any]
+    calls: tuple[PythonCall, ...]
+    unsafe_templates: tuple[str, ...]
 
-    Raises:
-        UserError: unknown name, a group, two definitions, an unreadable YAML or a missing folder.
-    """
-    paths, broken = _index(tuple(include), file)
-    if name in paths:
-        if len(paths[name]) > 1:
-            where = " and ".join(map(str, paths[name][:2]))
-            raise UserError(
-                f"{at(file, key)}the task '{name}' is defined twice, in {where}; rename one of them"
-            )
-        return read_definition(paths[name][0])
-    for text, reason in broken:
-        if re.search(rf"^task:\s*['\"]?{re.escape(name)}\b", text, re.MULTILINE):
-            raise UserError(f"{at(file, key)}task '{name}': {reason}")
-    own, members = _lm_eval_index()
-    if name in members:
-        shown = ", ".join(members[name][:8]) + (", …" if len(members[name]) > 8 else "")
-        raise UserError(f"{at(file, key)}'{name}' is a group of tasks; list its tasks instead: {shown}")
-    if name in own:
-        return read_definition(own[name])
-    folders = f"the include folders ({', '.join(include)})" if include else "suite.include (it is empty)"
-    hint = nearest(name, paths) or nearest(name, own)
-    raise UserError(
-        f"{at(file, key)}unknown task '{name}'{hint}: neither in {folders} nor one of lm-eval's own"
-    )
+
+def read_yaml(path: Path) -> Reading:
+    """Read a YAML and what it includes, as text: nothing is imported or run."""
+    calls: list[PythonCall] = []
+    templates: list[str] = []
+    keys = _read(path.resolve(), calls, templates, ())
+    return Reading(keys, tuple(calls), tuple(templates))
 
 
 def read_definition(path: Path) -> Definition:
-    """Read one task's YAML and what it includes, as text: nothing is imported or run."""
-    calls: list[PythonCall] = []
-    templates: list[str] = []
-    config = _read(path.resolve(), calls, templates, ())
-    name = config.get("task")
+    """Read one task's YAML and what it includes; see `read_yaml`."""
+    reading = read_yaml(path)
+    name = reading.keys.get("task")
     if not isinstance(name, str):
         raise UserError(f"{path}: task: a task's YAML names the task with this key")
-    return Definition(name, path.resolve(), config, tuple(calls), tuple(templates))
+    return Definition(name, path.resolve(), reading.keys, reading.calls, reading.unsafe_templates)
+
+
+def overridden(definition: Definition, overrides: Mapping[str, Any], groups: Sequence[Path]) -> Definition:
+    """Return a task with the keys that the YAMLs of groups override."""
+    if not overrides:
+        return definition
+    readings = [read_yaml(group) for group in groups]
+    return replace(
+        definition,
+        config={**definition.config, **overrides},
+        calls=sum((r.calls for r in readings), definition.calls),
+        unsafe_templates=sum((r.unsafe_templates for r in readings), definition.unsafe_templates),
+        groups=(*definition.groups, *(group.resolve() for group in groups)),
+    )
 
 
 def check_trust(definition: Definition, *, python: bool, execution: bool, file: Path | str | None) -> None:
@@ -105,7 +101,7 @@ def check_trust(definition: Definition, *, python: bool, execution: bool, file: 
         reasons = [
             f"calls Python (!function {c.name} in {c.file})" for c in definition.calls if not _is_own(c.file)
         ]
-        if not _is_own(definition.file):
+        if not all(map(_is_own, (definition.file, *definition.groups))):
             reasons += [
                 f"has {key}" for key in ("class", "custom_dataset", "use_prompt") if key in definition.config
             ]
@@ -145,50 +141,6 @@ def _package() -> Path:
     return Path(lm_eval.__path__[0]).resolve()
 
 
-@functools.cache
-def _lm_eval_index() -> tuple[dict[str, Path], dict[str, list[str]]]:
-    """Return lm-eval's own tasks (name → YAML), and its groups and tags (name → members)."""
-    from lm_eval.tasks import TaskManager
-
-    tasks: dict[str, Path] = {}
-    members: dict[str, list[str]] = {}
-    manager = TaskManager()
-    groups = set(manager.all_groups) | set(manager.all_tags)
-    for name, entry in manager.task_index.items():
-        if name in groups:
-            listed = (entry.cfg or {}).get("task") or sorted(entry.tags)
-            members[name] = [
-                str(t.get("task", t.get("group"))) if isinstance(t, dict) else str(t) for t in listed
-            ]
-        elif entry.yaml_path is not None:
-            tasks[name] = Path(entry.yaml_path)
-    return tasks, members
-
-
-def _index(
-    include: tuple[str, ...], file: Path | str | None
-) -> tuple[dict[str, list[Path]], list[tuple[str, str]]]:
-    """Return the tasks of the folders (name → YAMLs), and (text, reason) of YAMLs that cannot be read."""
-    paths: dict[str, list[Path]] = {}
-    broken: list[tuple[str, str]] = []
-    seen: set[Path] = set()
-    for folder in include:
-        if not Path(folder).is_dir():
-            raise UserError(f"{at(file, 'suite.include')}{folder}: no such folder of task YAMLs")
-        for path in sorted(Path(folder).resolve().glob("**/*.yaml")):
-            if path in seen or _IGNORED & set(path.parts):
-                continue
-            seen.add(path)
-            try:
-                config = _read(path, [], [], ())
-            except UserError as error:
-                broken.append((path.read_text(encoding="utf-8", errors="replace"), str(error)))
-                continue
-            if isinstance(config.get("task"), str) and "group" not in config:
-                paths.setdefault(config["task"], []).append(path)
-    return paths, broken
-
-
 def _read(
     path: Path, calls: list[PythonCall], templates: list[str], chain: tuple[Path, ...]
 ) -> dict[str, Any]:
@@ -209,7 +161,7 @@ def _read(
         elif isinstance(value, str) and not _is_own(path) and _reaches_inside(value):
             templates.append(value)
     includes = data.pop("include", [])
-    _make_absolute(data, path)
+    make_absolute(data, path)
     merged: dict[str, Any] = {}
     for entry in includes if isinstance(includes, list) else [includes]:
         merged |= _read((path.parent / str(entry)).resolve(), calls, templates, (*chain, path))
@@ -262,7 +214,7 @@ def _leaves(data: Any) -> Iterator[Any]:
         yield data
 
 
-def _make_absolute(data: dict[str, Any], path: Path) -> None:
+def make_absolute(data: dict[str, Any], path: Path) -> None:
     """Make the paths of `dataset_kwargs` absolute: they are relative to the YAML that has them."""
     kwargs = data.get("dataset_kwargs")
     if not isinstance(kwargs, dict):

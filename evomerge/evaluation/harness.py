@@ -10,6 +10,7 @@ from typing import Any
 from evomerge.config import Splits, TaskSpec
 from evomerge.config import Suite as SuiteConfig
 from evomerge.errors import UserError, at
+from evomerge.evaluation.definitions import Definition
 from evomerge.evaluation.entries import Entry, Reply
 from evomerge.evaluation.gold import gold_entries
 from evomerge.evaluation.guards import Answers
@@ -26,6 +27,7 @@ class HarnessTask:
 
     Args:
         spec: the suite's entry, which stands at `key` of `file`.
+        definition: the task's.
         suite: the config's suite.
         splits: where the items come from, unless `spec` says so.
         template: applied to the prompts, if any.
@@ -37,6 +39,7 @@ class HarnessTask:
     def __init__(
         self,
         spec: TaskSpec,
+        definition: Definition,
         suite: SuiteConfig,
         splits: Splits,
         template: ChatTemplate | None,
@@ -46,7 +49,7 @@ class HarnessTask:
     ) -> None:
         self._template = template
         self._place = at(file, f"{key}.metric")
-        self._parts = TaskSplits(load_source(spec, suite, key=key, file=file), splits, file)
+        self._parts = TaskSplits(load_source(spec, definition, suite, key=key, file=file), splits, file)
         task = self._parts.tasks["search"]
         self.metric = choose_metric(
             task, spec.metric, spec.task, file, f"{key}.metric", direction=spec.direction

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evomerge.config import Splits
+from evomerge.config import Splits, TaskSpec
 from evomerge.config import Suite as SuiteConfig
-from evomerge.errors import UserError, at
+from evomerge.errors import UserError, at, nearest
 from evomerge.evaluation.blocks import cut_blocks
 from evomerge.evaluation.entries import Entry, Questions, Task, answer, ask_of, given_by, score_all
 from evomerge.evaluation.guards import check_answers
 from evomerge.evaluation.harness import HarnessTask
 from evomerge.evaluation.items import SPLITS, Block, Item, ItemScore, Split
+from evomerge.evaluation.library import Library, specs_of
 from evomerge.evaluation.preview import Preview
 from evomerge.evaluation.requests import Engine
 from evomerge.evaluation.splits import GROUP_HELP
@@ -32,9 +33,9 @@ class SuiteTask:
     """One task of a suite.
 
     Attributes:
-        name: as in the config.
+        name: as in the config; of a group's task, its own.
         metric, filter: what its fitness is, in lm-eval's words.
-        weight: its weight in the fitness.
+        weight: its weight in the fitness; of a group's task, its part of the group's.
         output_type: lm-eval's.
         higher_is_better: of the raw metric.
         counts: items per split; of splits that were not built, documents (equal but for duplicates).
@@ -96,9 +97,9 @@ class Suite:
         needed = [split for split in SPLITS if split in set(splits_needed)]
         tasks: list[SuiteTask] = []
         entries: dict[Split, list[Entry]] = {split: [] for split in needed}
-        for number, spec in enumerate(config.tasks):
-            key = f"suite.tasks.{number}"
-            task: Task = HarnessTask(spec, config, splits, template, key=key, file=file)
+        owners: dict[str, str] = {}
+        for key, spec, task in _tasks_of(config, splits, template, file):
+            _check_name(owners, spec.name, key, file)
             counts: dict[Split, int] = {split: len(documents) for split, documents in task.documents.items()}
             for split in needed:
                 rendered = _unique(task.entries(split), spec.name, split)
@@ -131,7 +132,14 @@ class Suite:
         """Return the prompt and the right answer of each search item of a task, in the items' order.
 
         The prompt of a text that is scored as a whole is empty. Items whose reference is no text are left out.
+
+        Raises:
+            UserError: the suite has no such task.
         """
+        if task not in self.weights:
+            raise UserError(
+                f"space.data.texts: no task of the suite is called '{task}'{nearest(task, self.weights)}"
+            )
         known = [entry.reference for entry in self._of("search").values() if entry.item.task == task]
         return [pair for pair in known if pair is not None and pair[1]]
 
@@ -201,6 +209,35 @@ class Suite:
             if identity in entries:
                 return entries[identity]
         raise ValueError(f"the suite has no item {identity}")
+
+
+def _tasks_of(
+    config: SuiteConfig, splits: Splits, template: ChatTemplate | None, file: Path | str | None
+) -> Iterator[tuple[str, TaskSpec, Task]]:
+    """Yield each task with its entry and the key of that; those of a group share their entry's weight."""
+    library = Library(config.include, file)
+    for number, spec in enumerate(config.tasks):
+        key = f"suite.tasks.{number}"
+        expansion = library.expand(spec.task, key=f"{key}.task")
+        specs = specs_of(spec, expansion)
+        tasks = [
+            HarnessTask(member, definition, config, splits, template, key=key, file=file)
+            for member, definition in zip(specs, expansion.definitions, strict=True)
+        ]
+        aggregate = expansion.aggregate(spec.metric)
+        by_size = aggregate is not None and aggregate.by_size
+        sizes = [sum(map(len, task.documents.values())) if by_size else 1 for task in tasks]
+        for member, task, size in zip(specs, tasks, sizes, strict=True):
+            yield key, member.model_copy(update={"weight": spec.weight * size / sum(sizes)}), task
+
+
+def _check_name(owners: dict[str, str], name: str, key: str, file: Path | str | None) -> None:
+    if name in owners:
+        raise UserError(
+            f"{at(file, key)}the task '{name}' is already in the suite by {owners[name]}; take one of them out, "
+            "or give this one another metric and a name"
+        )
+    owners[name] = key
 
 
 def _unique(entries: Sequence[Entry], task: str, split: Split) -> list[Entry]:

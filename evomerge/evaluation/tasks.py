@@ -14,7 +14,7 @@ from evomerge.config import Suite as SuiteConfig
 from evomerge.config import TaskSpec
 from evomerge.errors import UserError, at
 from evomerge.evaluation.data import load_documents, quiet
-from evomerge.evaluation.definitions import Definition, PythonCall, check_trust, find_definition
+from evomerge.evaluation.definitions import Definition, PythonCall, check_trust
 from evomerge.evaluation.metrics import Metric
 from evomerge.evaluation.requests import Generation, Loglikelihood, Request, Rolling
 
@@ -54,13 +54,20 @@ class TaskSource:
     rendered: dict[int, tuple[Any, dict[str, Any]]] = field(default_factory=dict)
 
 
-def load_source(spec: TaskSpec, suite: SuiteConfig, *, key: str, file: Path | str | None) -> TaskSource:
-    """Find, check and load one task of the suite.
+def load_source(
+    spec: TaskSpec, definition: Definition, suite: SuiteConfig, *, key: str, file: Path | str | None
+) -> TaskSource:
+    """Check and load one task of the suite.
+
+    Args:
+        spec: its entry; of a group's task, with that task's name.
+        definition: the task's.
+        suite: allows its code to run, or not.
+        key: where it stands in the config; `file` is the config's.
 
     Raises:
-        UserError: unknown task, code that is not trusted, settings that do not fit, data that cannot be read.
+        UserError: code that is not trusted, settings that do not fit, data that cannot be read.
     """
-    definition = find_definition(spec.task, suite.include, file=file, key=f"{key}.task")
     check_trust(definition, python=suite.trust_task_code, execution=suite.allow_code_execution, file=file)
     overrides = _overrides(spec, definition, file, key)
     config = {**_resolved(definition), **overrides}
@@ -241,13 +248,19 @@ def _resolved(definition: Definition) -> dict[str, Any]:
     config = dict(definition.config)
     if not definition.calls:
         return copy.deepcopy(config)
-    from lm_eval.tasks.manager import load_yaml
+    from lm_eval.tasks._yaml_loader import _import_func_in_yml
+
+    def resolved(value: Any) -> Any:
+        if isinstance(value, PythonCall):
+            return _import_func_in_yml(value.name, value.file.parent)
+        if isinstance(value, Mapping):
+            return {key: resolved(entry) for key, entry in value.items()}
+        return [resolved(entry) for entry in value] if isinstance(value, list | tuple) else value
 
     try:
-        functions = load_yaml(definition.file)
+        return {key: resolved(value) for key, value in config.items()}
     except Exception as error:
         raise UserError(f"{definition.file}: its Python code cannot be imported: {error}") from None
-    return {k: v if k == "dataset_kwargs" else functions.get(k, v) for k, v in config.items()}
 
 
 def _check_metrics(config: Mapping[str, Any], definition: Definition) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 CANDIDATES_PER_DIMENSION = 15
 """Fewer candidates than this per searched number rarely beat the start."""
 
+SHOWN_TASKS = 24
+"""The plan's text lists this many tasks, its data all."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -33,6 +37,7 @@ class Plan:
         candidates: the same in candidates.
         items: items of each split, by task and in all.
         items_per_candidate: search items that each candidate answers.
+        tasks: name → what is measured of it, and its share of the fitness.
         item_evaluations: what search, selection and the final comparison cost together.
         minimum_detectable_effect: smallest difference on test that a paired comparison resolves, by split;
             two-sided 5 %, power 80 %, 20 % of the items answered differently.
@@ -49,6 +54,7 @@ class Plan:
     candidates: int | None
     items: Mapping[str, Mapping[str, int]]
     items_per_candidate: int
+    tasks: Mapping[str, tuple[str, float]]
     item_evaluations: int | None
     minimum_detectable_effect: Mapping[str, float]
     parent_bytes: int
@@ -67,6 +73,7 @@ class Plan:
             f"{self.name}: {self.dimension} searched numbers ({shown})",
             f"  candidates  {self.population} a generation{counted}, {self.items_per_candidate} items each{cost}",
         ]
+        lines += _task_lines(self.tasks)
         for split, counts in self.items.items():
             effect = self.minimum_detectable_effect[split]
             lines.append(
@@ -78,6 +85,17 @@ class Plan:
             f"live model {_size(self.worker_bytes)} a worker"
         )
         return "\n".join([*lines, *(f"  warning: {warning}" for warning in self.warnings)])
+
+
+def _task_lines(tasks: Mapping[str, tuple[str, float]]) -> list[str]:
+    """Return lines with the first tasks of the suite, so many that they are read."""
+    shown = [f"{name} ({metric}, {share:.3g})" for name, (metric, share) in list(tasks.items())[:SHOWN_TASKS]]
+    if len(tasks) > SHOWN_TASKS:
+        shown.append(f"and {len(tasks) - SHOWN_TASKS} more")
+    lead = "  tasks       "
+    return textwrap.wrap(
+        ", ".join(shown), 110, initial_indent=lead, subsequent_indent=" " * len(lead), break_on_hyphens=False
+    )
 
 
 def plan_search(setup: Setup, budget: Budget) -> Plan:
@@ -105,6 +123,7 @@ def plan_search(setup: Setup, budget: Budget) -> Plan:
         candidates=candidates,
         items=items,
         items_per_candidate=per_candidate,
+        tasks={task.name: (task.metric, task.weight / sum(weights.values())) for task in setup.suite.tasks},
         item_evaluations=None if candidates is None else candidates * per_candidate + final,
         minimum_detectable_effect={
             split: minimum_detectable_effect({t: n for t, n in counts.items() if t != "all"}, weights)

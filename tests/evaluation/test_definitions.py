@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from evomerge.errors import UserError
-from evomerge.evaluation.definitions import find_definition
+from evomerge.evaluation.library import Index
 from tests.evaluation.tiny import build, documents, write_jsonl, write_task
 
 BOOM = "def boom(*args, **kwargs):\n    pass\n\n\nraise RuntimeError('this code ran')\n"
@@ -26,7 +26,7 @@ def refusal(folder: Path, *tasks: Any, **keys: Any) -> str:
 def test_unknown_task_names_the_nearest_and_the_folders(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("evomerge.evaluation.definitions._lm_eval_index", lambda: ({"arc_easy": Path()}, {}))
+    monkeypatch.setattr("evomerge.evaluation.library.lm_eval_index", lambda: Index({"arc_easy": ["x"]}))
     write_task(tmp_path, "multiplication")
     message = refusal(tmp_path, "multiplicaton")
     assert message.startswith("search.yaml: suite.tasks.0.task: unknown task 'multiplicaton'")
@@ -40,26 +40,11 @@ def test_lm_evals_own_index_is_made_only_for_names_that_no_folder_defines(
     def slow() -> Any:
         raise AssertionError("the slow index was made")
 
-    monkeypatch.setattr("evomerge.evaluation.definitions._lm_eval_index", slow)
+    monkeypatch.setattr("evomerge.evaluation.library.lm_eval_index", slow)
     write_task(tmp_path)
     build(tmp_path)
     with pytest.raises(AssertionError, match="slow index"):
         build(tmp_path, "arc_easy")
-
-
-def test_a_group_is_not_a_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "evomerge.evaluation.definitions._lm_eval_index", lambda: ({}, {"all": ["one", "two"]})
-    )
-    assert "list its tasks instead: one, two" in refusal(tmp_path, "all")
-
-
-@pytest.mark.slow
-def test_lm_evals_own_tasks_are_found() -> None:
-    definition = find_definition("hellaswag", (), file=None, key="")
-    assert definition.config["output_type"] == "multiple_choice"
-    with pytest.raises(UserError, match="group of tasks"):
-        find_definition("mmlu", (), file=None, key="")
 
 
 def test_two_definitions_of_one_name(tmp_path: Path) -> None:
@@ -107,7 +92,7 @@ def test_python_in_task_files_is_never_run_without_trust(tmp_path: Path, nested:
     (tmp_path / "code.py").write_text(BOOM)
     if nested:
         (tmp_path / "common").write_text("process_docs: !function code.boom\n")
-        # Overridden by the task's own key, and yet lm-eval would import it.
+        # Overridden by the task's own key: never run here, and yet lm-eval would import it.
         path.write_text("include: common\nprocess_docs: null\n" + path.read_text())
     else:
         path.write_text(path.read_text() + "process_docs: !function code.boom\n")
@@ -116,7 +101,10 @@ def test_python_in_task_files_is_never_run_without_trust(tmp_path: Path, nested:
         "search.yaml: suite.trust_task_code: task 'tiny' calls Python (!function code.boom in "
     )
     assert "set suite.trust_task_code: true" in message
-    assert "this code ran" in refusal(tmp_path, trust_task_code=True)
+    if nested:
+        build(tmp_path, trust_task_code=True)
+    else:
+        assert "this code ran" in refusal(tmp_path, trust_task_code=True)
 
 
 @pytest.mark.parametrize(

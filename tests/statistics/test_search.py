@@ -98,8 +98,9 @@ def test_a_tasks_texts_are_the_prompts_and_answers_of_its_search_items(
 def test_what_does_not_fit_is_refused(
     tmp_path: Path, family: dict[str, Path], tasks: Path, method: str, data: Any, message: str
 ) -> None:
+    file = config_of(tmp_path, family, tasks, data, method)
     with pytest.raises(UserError, match=message):
-        load_config(config_of(tmp_path, family, tasks, data, method))
+        set_up(load_config(file), file=file, weights=False)
 
 
 def test_paths_are_relative_to_the_config(tmp_path: Path, family: dict[str, Path], tasks: Path) -> None:
