@@ -11,7 +11,7 @@ from evomerge.config import Config, load_config
 from evomerge.environment import prepare
 from evomerge.errors import CandidateFailed, UserError
 from evomerge.evaluation.items import Split
-from evomerge.mergekit import open_recipe
+from evomerge.mergekit import Reading, open_recipe
 from evomerge.recipe import Merge, Output, Recipe, Source
 
 
@@ -81,14 +81,16 @@ def evaluate(
         UserError: the model or the config; also if the model's answers cannot be scored.
     """
     config = suite if isinstance(suite, Config) else load_config(suite, overrides)
-    recipe = model if isinstance(model, Recipe) else recipe_of(str(model))
+    reading = Reading(model) if isinstance(model, Recipe) else reading_of(str(model))
+    recipe = reading.recipe
     if split == "test" and not isinstance(model, Recipe):
         _refuse_early_opening(Path(model))
     prepare(offline=not (config.uses_hub or recipe.uses_hub))
     from evomerge.merging import open_parents, output_tokenizer, pin, plan_merge
 
     # Before the imports below, which take seconds: a mistyped model is told at once.
-    checkpoints = open_parents(recipe)
+    with reading.in_file():
+        checkpoints = open_parents(recipe)
     from evomerge.engines import open_host
     from evomerge.evaluation.statistics import score
     from evomerge.evaluation.suite import Suite
@@ -96,9 +98,10 @@ def evaluate(
     from evomerge.searching.results import score_dict
     from evomerge.searching.setup import decide_engine
 
-    recipe = pin(recipe, checkpoints)
+    with reading.in_file():
+        recipe = pin(recipe, checkpoints)
+        plan = plan_merge(recipe, checkpoints)
     label = f"recipe {recipe.hash}" if isinstance(model, Recipe) else str(model)
-    plan = plan_merge(recipe, checkpoints)
     config = decide_engine(config, checkpoints[plan.donor])
     tokenizer = output_tokenizer(recipe, checkpoints)
     built = Suite.build(
@@ -137,18 +140,20 @@ def _refuse_early_opening(run: Path) -> None:
         )
 
 
-def recipe_of(text: str) -> Recipe:
+def reading_of(text: str) -> Reading:
     """Return the recipe of a recipe file, of a run directory, or of a single model."""
     path = Path(text).expanduser()
     if path.is_file():
-        return open_recipe(path).recipe
+        return open_recipe(path)
     if (path / "run.db").exists():
         if not (path / "recipe.yaml").exists():
             raise UserError(f"{path}: this run has no recipe yet; its first generation is not complete")
-        return open_recipe(path / "recipe.yaml").recipe
+        return open_recipe(path / "recipe.yaml")
     source = str(path.resolve()) if path.exists() else text
-    return Recipe(
+    recipe = Recipe(
         models={"model": Source(source=source)},
         merges={"merged": Merge(method="linear", inputs=("model",), parameters={"weight": 1.0})},
         output=Output(tokenizer="model", chat_template="model"),
     )
+    # The user names the model and knows of no recipe.
+    return Reading(recipe, keys={"models.model": ""})

@@ -34,7 +34,7 @@ def config(tmp_path: Path, family: dict[str, Path]) -> Path:
 
 def test_a_recipe_is_named_by_its_hash_and_scores_like_its_folder(config, family):
     by_folder = scoring.evaluate(family["a"], config, split="test")
-    by_recipe = scoring.evaluate(scoring.recipe_of(str(family["a"])), config, split="test")
+    by_recipe = scoring.evaluate(scoring.reading_of(str(family["a"])).recipe, config, split="test")
     assert by_folder.model == str(family["a"])
     assert len(by_recipe.model) < 80
     assert by_recipe.score == by_folder.score
@@ -46,7 +46,7 @@ def test_a_broken_model_gets_one_short_sentence_also_as_a_recipe(config, family,
     tensors = load_file(broken / "model.safetensors")
     tensors["model.norm.weight"] = torch.full_like(tensors["model.norm.weight"], torch.inf)
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
-    for model in (broken, scoring.recipe_of(str(broken))):
+    for model in (broken, scoring.reading_of(str(broken)).recipe):
         with pytest.raises(UserError) as refusal:
             scoring.evaluate(model, config)
         assert len(str(refusal.value)) < 300
@@ -61,6 +61,17 @@ def test_a_run_without_a_recipe_says_so(config, tmp_path):
         scoring.evaluate(run, config)
 
 
+def test_what_a_recipe_file_says_wrongly_is_told_with_its_key(config, family, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    merge = {"method": "linear", "inputs": ["a"], "parameters": {"weight": 1.0}}
+    path = [{"merge": "m", "layer": 99}]
+    data = {"evomerge": 1, "models": {"a": str(family["a"])}, "merges": {"m": merge}, "path": path}
+    recipe.write_text(yaml.safe_dump(data))
+    with pytest.raises(UserError) as refusal:
+        scoring.evaluate(recipe, config)
+    assert str(refusal.value).startswith(f"{recipe}: path.0.layer: 'm' has the layers 0 to ")
+
+
 def test_a_mistyped_model_is_refused_before_the_slow_imports(config):
     code = (
         "import sys; from evomerge.errors import UserError; from evomerge.scoring import evaluate\n"
@@ -68,7 +79,7 @@ def test_a_mistyped_model_is_refused_before_the_slow_imports(config):
         "except UserError as error: print(error, {'transformers', 'lm_eval', 'datasets'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "./no-such-model: no such folder" in done.stdout
+    assert done.stdout.startswith("./no-such-model: no such folder")
     assert done.stdout.rstrip().endswith("set()")
 
 
