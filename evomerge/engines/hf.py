@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import importlib.metadata
-import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from evomerge.engines.decoding import GrowingText, mark_stopped, penalise
+from evomerge.engines.decoding import GrowingText, Stops
 from evomerge.engines.encoding import Encoder
-from evomerge.engines.packing import VERSION, GenerationBatch, ScoreBatch, pack_generations, pack_scores
-from evomerge.errors import CandidateFailed, UserError
+from evomerge.engines.generation import Decoder, generate_plain, rows_at_once
+from evomerge.engines.live import LiveModel
+from evomerge.engines.packing import VERSION, PromptBatch, ScoreBatch, pack_prompts, pack_scores
+from evomerge.engines.prefixes import Prefixes
+from evomerge.engines.scoring import score_all
+from evomerge.engines.trials import try_savings
+from evomerge.errors import UserError
 from evomerge.evaluation.requests import Generated, Generation, Loglikelihood, Rolling
-from evomerge.losses import loss
 
 Plan = TypeVar("Plan")
 _KEPT_PLANS = 512
-_LOGITS_AT_ONCE = 2**22
 _UNSUPPORTED = (
     "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "suppress_tokens",
     "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "min_length", "min_new_tokens",
@@ -52,11 +54,13 @@ def default_max_length(config: Any, tokenizer: Any) -> int:
 class HFEngine:
     """Scores and generates with a causal language model that lives in this process.
 
-    The weights may be replaced in place between calls: nothing that depends on them is kept. Numbers
-    equal those of lm-eval's `HFLM` with ``softmax_dtype=float32`` up to rounding. Three savings are used
-    where a trial on the given model shows that they change nothing else: the LM head runs at scored
-    positions only, continuations of one context share its computation (tree attention), and so do
-    prompts that begin alike.
+    The weights may be replaced in place between calls if `weights_changed` is called. Numbers equal those
+    of lm-eval's `HFLM` with ``softmax_dtype=float32`` up to rounding. What is saved, where a trial on the
+    given model shows that it changes nothing else (see `trials`): the LM head runs at scored positions
+    only; continuations of one context share its computation (tree attention); what many texts begin with,
+    such as few-shot examples, is computed once for all calls until the weights change; short texts share
+    rows. Texts are generated together, whatever their prompts' lengths, and a text that is done makes room
+    for the next prompt.
 
     Args:
         model: a transformers causal LM, on `device`; put into eval mode.
@@ -80,16 +84,21 @@ class HFEngine:
     ) -> None:
         if batch_tokens < 1:
             raise ValueError(f"batch_tokens must be positive, not {batch_tokens}")
-        self.model: Any = model.eval()
+        self.model: Any = model
         self.tokenizer = tokenizer
         self.device = torch.device(device)
         self.batch_tokens = batch_tokens
         self.max_length = max_length or default_max_length(self.model.config, tokenizer)
         self._encoder = Encoder(tokenizer)
-        self._plans: OrderedDict[Any, Any] = OrderedDict()
-        self._selects = "logits_to_keep" in inspect.signature(self.model.forward).parameters
-        self._splits_head = self._try(self._head_is_linear)
-        self._forks = self._splits_head and self._try(self._tree_matches)
+        self._plans: OrderedDict[Any, tuple[Any, Any]] = OrderedDict()
+        self._stops: dict[tuple[str, ...], Stops] = {}
+        self._live = LiveModel(model, self.device, self.max_length)
+        self._prefixes = Prefixes(self._live)
+        try_savings(self._live)
+
+    def weights_changed(self) -> None:
+        """Forget what was computed with the weights as they were."""
+        self._prefixes.clear()
 
     @property
     def packing(self) -> str:
@@ -108,7 +117,10 @@ class HFEngine:
         versions = (
             f"{name}={importlib.metadata.version(name)}" for name in ("torch", "transformers", "lm-eval")
         )
-        paths = "+".join(n for n, on in (("head", self._splits_head), ("tree", self._forks)) if on) or "plain"
+        paths = (
+            "+".join(n for n, on in (("head", self._live.splits_head), ("tree", self._live.forks)) if on)
+            or "plain"
+        )
         return " ".join(
             [
                 VERSION,
@@ -126,15 +138,15 @@ class HFEngine:
     @torch.inference_mode()
     def loglikelihood(self, requests: Sequence[Loglikelihood]) -> list[tuple[float, bool]]:
         """Return (log-probability of the continuation, greedy decoding gives it) for each request."""
-        batches = self._plan(("scores", *requests), lambda: self._pack_pairs(requests))
-        sums, greedy = self._score(batches, len(requests))
+        batches = self._plan("scores", requests, lambda: self._pack_pairs(requests))
+        sums, greedy = score_all(self._live, self._prefixes, batches, len(requests))
         return list(zip(sums.tolist(), greedy.tolist(), strict=True))
 
     @torch.inference_mode()
     def loglikelihood_rolling(self, requests: Sequence[Rolling]) -> list[float]:
         """Return the log-probability of each text, in disjoint windows where it is longer than the model."""
-        batches, owners = self._plan(("rolling", *requests), lambda: self._pack_windows(requests))
-        sums, _ = self._score(batches, len(owners))
+        batches, owners = self._plan("rolling", requests, lambda: self._pack_windows(requests))
+        sums, _ = score_all(self._live, self._prefixes, batches, len(owners))
         totals = np.zeros(len(requests))
         np.add.at(totals, owners, sums)
         return [float(total) for total in totals]
@@ -150,22 +162,37 @@ class HFEngine:
             CandidateFailed: a logit is not finite.
             UserError: the model's generation config asks for what is not supported here.
         """
-        batches = self._plan(("generate", *requests), lambda: self._pack_prompts(requests))
-        answers = [Generated("")] * len(requests)
-        for batch in batches:
-            wanted = [requests[number] for number in batch.requests]
-            for number, answer in zip(batch.requests, self._generate(batch, wanted), strict=True):
-                answers[number] = answer
-        return answers
+        penalty, ends = self._penalty(), self._ends()
+        prompts, batches, rows = self._plan("generate", requests, lambda: self._pack_prompts(requests))
+        texts = [GrowingText(request, self._stops_of(request), ends) for request in requests]
+        if batches is not None:
+            decoder = Decoder(self._live, self._prefixes, rows=rows, penalty=penalty)
+            decoder.run(batches, prompts, texts, self.tokenizer)
+        else:
+            generate_plain(
+                self._live,
+                prompts,
+                texts,
+                [request.max_tokens for request in requests],
+                batch_tokens=self.batch_tokens,
+                ends=ends,
+                tokenizer=self.tokenizer,
+            )
+        return [text.result(self.tokenizer) for text in texts]
 
-    def _plan(self, key: Any, make: Callable[[], Plan]) -> Plan:
-        """Return the plan of these requests; the last `_KEPT_PLANS` are kept."""
+    def _plan(self, kind: str, requests: Sequence[Any], make: Callable[[], Plan]) -> Plan:
+        """Return the plan of these requests; the last `_KEPT_PLANS` are kept.
+
+        A tuple that was planned before is known by its identity: nothing of it is read again.
+        """
+        key = (kind, id(requests)) if isinstance(requests, tuple) else (kind, *requests)
         if key not in self._plans:
-            self._plans[key] = make()
+            # The requests are kept too, so that their identity stays theirs.
+            self._plans[key] = requests, make()
             if len(self._plans) > _KEPT_PLANS:
                 self._plans.popitem(last=False)
         self._plans.move_to_end(key)
-        plan: Plan = self._plans[key]
+        plan: Plan = self._plans[key][1]
         return plan
 
     def _pack_pairs(self, requests: Sequence[Loglikelihood]) -> tuple[ScoreBatch, ...]:
@@ -197,11 +224,14 @@ class HFEngine:
             pairs,
             batch_tokens=self.batch_tokens,
             max_length=self.max_length,
-            tree=self._forks,
+            tree=self._live.forks,
             device=self.device,
         )
 
-    def _pack_prompts(self, requests: Sequence[Generation]) -> tuple[GenerationBatch, ...]:
+    def _pack_prompts(
+        self, requests: Sequence[Generation]
+    ) -> tuple[list[list[int]], tuple[PromptBatch, ...] | None, int]:
+        """Return the prompts' tokens, their batches (None for the plain way), and how many texts grow at once."""
         prompts = []
         for request in requests:
             room = self.max_length - request.max_tokens
@@ -211,49 +241,20 @@ class HFEngine:
                     f"the model's length is {self.max_length} tokens"
                 )
             prompts.append(self._encoder.prompt(request.context)[-room:])
-        return pack_generations(
-            prompts,
-            batch_tokens=self.batch_tokens,
-            share_prefix=self._forks,
-            device=self.device,
+        if not self._live.forks:
+            return prompts, None, 0
+        longest = max(
+            (len(prompt) + request.max_tokens for prompt, request in zip(prompts, requests, strict=True)),
+            default=1,
         )
+        rows = rows_at_once(self._live, longest)
+        batches = pack_prompts(prompts, batch_tokens=self.batch_tokens, most=rows, device=self.device)
+        return prompts, batches, rows
 
-    def _score(
-        self, batches: Sequence[ScoreBatch], count: int
-    ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        """Return each request's log-probability (float64 sums of float32) and whether it is greedy."""
-        sums = np.zeros(count)
-        greedy = np.ones(count, dtype=bool)
-        for batch in batches:
-            logprobs_N, greedy_N = self._score_batch(batch)
-            numbers = np.array(batch.requests)
-            sums[numbers] = np.add.reduceat(logprobs_N.double().cpu().numpy(), batch.starts)
-            greedy[numbers] = np.logical_and.reduceat(greedy_N.cpu().numpy(), batch.starts)
-        return sums, greedy
-
-    def _score_batch(self, batch: ScoreBatch) -> tuple[Tensor, Tensor]:
-        if not self._splits_head:
-            logits = self.model(batch.ids_BL, use_cache=False).logits
-            return _pick(logits.flatten(0, 1)[batch.scored_N], batch.targets_N)
-        if batch.branch_BL is None:
-            hidden = self._body(batch.ids_BL)
-        else:
-            hidden = self._body(
-                batch.ids_BL, attention_mask=batch.mask_BLL(), position_ids=batch.positions_BL
-            )
-        hidden_ND = hidden.flatten(0, 1)[batch.scored_N]
-        head = self.model.get_output_embeddings()
-        rows = max(1, _LOGITS_AT_ONCE // head.weight.shape[0])
-        parts = [
-            _pick(head(hidden_ND[i : i + rows]), batch.targets_N[i : i + rows])
-            for i in range(0, len(hidden_ND), rows)
-        ]
-        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
-
-    def _body(self, ids_BL: Tensor, **inputs: Any) -> Tensor:
-        """Return the last hidden states (B, L, D)."""
-        hidden: Tensor = self.model.base_model(input_ids=ids_BL, use_cache=False, **inputs)[0]
-        return hidden
+    def _stops_of(self, request: Generation) -> Stops:
+        if request.stops not in self._stops:
+            self._stops[request.stops] = Stops(request.stops, self._encoder)
+        return self._stops[request.stops]
 
     def _penalty(self) -> float:
         """Return the model's repetition penalty; refuse generation settings that would be ignored."""
@@ -271,119 +272,3 @@ class HFEngine:
         own = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
         ids = {self.tokenizer.eos_token_id, *(own if isinstance(own, list | tuple) else [own])}
         return frozenset(token for token in ids if token is not None)
-
-    def _forward(
-        self, ids_BL: Tensor, cache: Any, mask: Tensor | None, positions: Tensor
-    ) -> tuple[Tensor, Any]:
-        """Return the last position's logits (B, V) and the cache."""
-        last = {"logits_to_keep": 1} if self._selects else {}
-        out = self.model(
-            input_ids=ids_BL,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            **last,
-        )
-        return out.logits[:, -1].float(), out.past_key_values
-
-    def _generate(self, batch: GenerationBatch, requests: Sequence[Generation]) -> list[Generated]:
-        B, L = batch.ids_BL.shape
-        P = len(batch.prefix)
-        device = self.device
-        penalty, ends = self._penalty(), self._ends()
-
-        cache = None
-        prefix = torch.tensor([batch.prefix], dtype=torch.long, device=device)
-        if P:
-            _, cache = self._forward(prefix, None, None, torch.arange(P, device=device)[None])
-            cache.batch_repeat_interleave(B)
-        lengths = torch.tensor(batch.lengths, device=device)
-        rest = (torch.arange(L, device=device) >= L - lengths[:, None]).long()
-        positions = (P + rest.cumsum(1) - 1).clamp(min=0)
-        mask = None
-        if min(batch.lengths) < L:
-            mask = torch.cat([rest.new_ones(B, P), rest], dim=1)
-        seen = torch.cat([prefix.expand(B, P), batch.ids_BL], dim=1)
-        logits, cache = self._forward(batch.ids_BL, cache, mask, positions)
-        position = P + lengths
-
-        texts = [GrowingText(request, self._encoder, ends) for request in requests]
-        rows = list(texts)
-        while True:
-            if not torch.isfinite(logits).all():
-                raise CandidateFailed("a logit is not finite")
-            if penalty != 1.0:
-                logits = penalise(logits, seen, penalty)
-            chosen = logits.argmax(-1)
-            for row, token in zip(rows, chosen.tolist(), strict=True):
-                row.append(token)
-            mark_stopped(rows, self.tokenizer)
-            running = [slot for slot, row in enumerate(rows) if not row.done]
-            if not running:
-                return [text.result(self.tokenizer) for text in texts]
-            # A row that is done may stay a while: taking rows out of the cache copies it.
-            if len(running) <= 0.75 * len(rows):
-                keep = torch.tensor(running, device=device)
-                cache.batch_select_indices(keep)
-                chosen, position, seen = chosen[keep], position[keep], seen[keep]
-                mask = None if mask is None else mask[keep]
-                rows = [rows[slot] for slot in running]
-            if mask is not None:
-                mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-            if penalty != 1.0:
-                seen = torch.cat([seen, chosen[:, None]], dim=1)
-            logits, cache = self._forward(chosen[:, None], cache, mask, position[:, None])
-            position = position + 1
-
-    def _try(self, trial: Callable[[], bool]) -> bool:
-        """Whether a saving works on this model; one that raises does not, unless the engine is lost with it."""
-        try:
-            with torch.inference_mode():
-                return trial()
-        except CandidateFailed:
-            raise
-        except Exception as error:
-            if loss(error) is not None:
-                raise
-            return False
-
-    def _head_is_linear(self) -> bool:
-        """Whether logits are the output embedding of the base model's last hidden state, and no more."""
-        ids = torch.arange(1, 6, device=self.device)[None]
-        whole = self.model(ids, use_cache=False).logits
-        if not torch.isfinite(whole).all():
-            raise CandidateFailed("a logit is not finite")
-        return bool(torch.equal(self.model.get_output_embeddings()(self._body(ids)), whole))
-
-    def _tree_matches(self) -> bool:
-        """Whether two branches behind one context get the hidden states that they get alone."""
-        config = self.model.config.get_text_config()
-        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-        window = getattr(config, "sliding_window", None)
-        windowed = (
-            window is not None and getattr(config, "use_sliding_window", True) and window < self.max_length
-        )
-        if kinds != {"full_attention"} or (getattr(config, "layer_types", None) is None and windowed):
-            return False
-        pairs = [([1, 2, 3], [4, 5, 6, 7]), ([1, 2, 3], [5, 4, 7])]
-        options: dict[str, Any] = {"batch_tokens": 64, "max_length": 64, "device": self.device}
-        (forked,) = pack_scores(pairs, tree=True, **options)
-        if forked.branch_BL is None:
-            return False
-        together = self._score_batch(forked)[0].double()
-        alone = [
-            self._score_batch(b)[0].double()
-            for pair in pairs
-            for b in pack_scores([pair], tree=False, **options)
-        ]
-        # Far above rounding, far below what a wrong mask does.
-        tolerance = torch.finfo(self.model.dtype).eps ** 0.5 * max(1.0, float(together.abs().max()))
-        return bool(torch.allclose(together, torch.cat(alone), rtol=0, atol=tolerance))
-
-
-def _pick(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the targets' float32 log-probabilities and whether each is the argmax."""
-    logits_NV = logits_NV.float()
-    target_N = logits_NV.gather(1, targets_N[:, None]).squeeze(1)
-    return target_N - logits_NV.logsumexp(1), logits_NV.argmax(1) == targets_N

@@ -35,6 +35,8 @@ class HFHost:
         """See `Host.hold`; a new engine is made only where the model's shape changes."""
         if self._engine is None or self._held != recipe.hash:
             self._held = ""
+            if self._engine is not None:
+                self._engine.weights_changed()
             model = self._materializer.materialize(recipe)
             if self._engine is None or self._engine.model is not model:
                 self._engine = HFEngine(

@@ -57,7 +57,7 @@ class Engine(Protocol):
     same requests in the same order give the same bits as long as the weights do not change.
 
     Attributes:
-        packing: name and version of the batching with its token budget, e.g. ``hf-v1:2048``.
+        packing: name and version of the batching with its token budget, e.g. ``hf-v2:2048``.
         fingerprint: everything besides weights and requests on which the numbers depend.
     """
 
