@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from evomerge.errors import UserError, in_file, nearest
 from evomerge.methods.registry import get_method
@@ -213,6 +213,182 @@ class TaskSpec(Frozen):
         return self.model_copy(update={"task": path, "name": name})
 
 
+FileList = Annotated[
+    tuple[Annotated[str, Field(min_length=1)], ...],
+    BeforeValidator(lambda data: [data] if isinstance(data, str) else data),
+    Field(min_length=1),
+]
+"""A file, a pattern such as ``./texts/*.txt``, or a list of these."""
+
+
+class FilesOfSplits(Frozen):
+    """The files of each split."""
+
+    search: FileList
+    validation: FileList
+    test: FileList
+
+
+ItemFiles = FilesOfSplits | FileList
+"""Files whose items are cut into splits by hash, or those of each split."""
+
+
+class FileSpec(Frozen):
+    """What a task of the suite whose items are files of the user's can say of itself.
+
+    Attributes:
+        name: what results call it.
+        weight: its weight in the fitness.
+        limit: the most items of each split.
+        fractions: how items that are not in three files are cut into splits; by default as `splits.fractions`.
+    """
+
+    name: Annotated[str, Field(min_length=1)]
+    weight: Annotated[Number, Field(gt=0)] = 1.0
+    limit: Positive | None = None
+    fractions: SplitFractions | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_name(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("name") is None:
+            return {**data, "name": cls._name_from(data)}
+        return data
+
+    @classmethod
+    def _name_from(cls, data: dict[str, Any]) -> Any:
+        raise NotImplementedError
+
+
+class TextSpec(FileSpec):
+    """Texts of the user's own as a task: how well the model predicts them.
+
+    Attributes:
+        text: plain text files, or JSONL files with one document a row.
+        field: of a JSONL row: holds the text; by default ``text``.
+        unit: what a document of a plain text file is; by default a paragraph.
+        metric: as of lm-eval's `loglikelihood_rolling` tasks.
+    """
+
+    text: ItemFiles
+    field: str | None = None
+    unit: Literal["paragraph", "line", "file"] | None = None
+    metric: Literal["bits_per_byte", "byte_perplexity", "word_perplexity"] = "bits_per_byte"
+
+    @classmethod
+    def _name_from(cls, data: dict[str, Any]) -> str:
+        return _stem(data.get("text")) or "text"
+
+    @model_validator(mode="after")
+    def _cut_or_not(self) -> TextSpec:
+        _refuse_fractions(self.text, self.fractions)
+        return self
+
+    def placed(self, folder: Path) -> TextSpec:
+        """Return the entry with its files' paths made absolute: they are relative to the folder."""
+        return self.model_copy(update={"text": _placed(self.text, folder)})
+
+
+class PythonSpec(FileSpec):
+    """Scoring by the user's own function.
+
+    Attributes:
+        python: ``module:function``; the module is looked for in `folder` first.
+        items: JSONL files, one item a row.
+        group: field of the rows; rows that share its value never fall into different splits.
+        folder: where the module is; by default that of the config.
+    """
+
+    python: Annotated[str, Field(min_length=1)]
+    items: ItemFiles
+    group: str | None = None
+    folder: str = "."
+
+    @classmethod
+    def _name_from(cls, data: dict[str, Any]) -> str:
+        return str(data.get("python")).rpartition(":")[2] or "python"
+
+    @field_validator("python")
+    @classmethod
+    def _module_and_function(cls, text: str) -> str:
+        if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", text):
+            raise ValueError(
+                f"{shown(text)} is not accepted: write module:function, e.g. scoring:score for the function score "
+                "of the file scoring.py beside the config"
+            )
+        return text
+
+    @model_validator(mode="after")
+    def _cut_or_not(self) -> PythonSpec:
+        _refuse_fractions(self.items, self.fractions)
+        return self
+
+    def placed(self, folder: Path) -> PythonSpec:
+        """Return the entry with its paths made absolute: they are relative to the folder."""
+        own = str((folder / expand_home(self.folder)).resolve())
+        return self.model_copy(update={"items": _placed(self.items, folder), "folder": own})
+
+
+def _stem(files: Any) -> str:
+    """Return the name of the first file without its ending."""
+    first = next(iter(files.values()), None) if isinstance(files, dict) else files
+    first = first[0] if isinstance(first, list | tuple) and first else first
+    return Path(first).stem.strip("*") if isinstance(first, str) else ""
+
+
+def _refuse_fractions(files: FilesOfSplits | tuple[str, ...], fractions: SplitFractions | None) -> None:
+    if fractions is not None and isinstance(files, FilesOfSplits):
+        raise ValueError(
+            "fractions: they cut files into splits, but each split has files of its own; leave them out"
+        )
+
+
+def _placed(files: FilesOfSplits | tuple[str, ...], folder: Path) -> FilesOfSplits | tuple[str, ...]:
+    def place(paths: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(str((folder / expand_home(path)).resolve()) for path in paths)
+
+    if isinstance(files, tuple):
+        return place(files)
+    return FilesOfSplits(
+        search=place(files.search), validation=place(files.validation), test=place(files.test)
+    )
+
+
+_KINDS: dict[str, type[TaskSpec | TextSpec | PythonSpec]] = {
+    "task": TaskSpec,
+    "text": TextSpec,
+    "python": PythonSpec,
+}
+
+
+def _one_kind(entry: Any) -> Any:
+    if not isinstance(entry, dict):
+        return entry
+    kinds = [key for key in _KINDS if key in entry]
+    if len(kinds) > 1:
+        raise ValueError(f"has both '{kinds[0]}' and '{kinds[1]}'; a task is one of task, text, python")
+    known = {name for kind in _KINDS.values() for name in kind.model_fields}
+    for key in entry:
+        if not kinds and key not in known and nearest(str(key), _KINDS):
+            raise ValueError(f"unknown key '{key}'{nearest(str(key), _KINDS)}")
+    return entry
+
+
+def _kind(entry: Any) -> str:
+    if isinstance(entry, dict):
+        return next((kind.__name__ for key, kind in _KINDS.items() if key in entry), "TaskSpec")
+    return type(entry).__name__ if type(entry) in _KINDS.values() else "TaskSpec"
+
+
+AnyTaskSpec = Annotated[
+    Annotated[TaskSpec, Tag("TaskSpec")]
+    | Annotated[TextSpec, Tag("TextSpec")]
+    | Annotated[PythonSpec, Tag("PythonSpec")],
+    Discriminator(_kind),
+    BeforeValidator(_one_kind),
+]
+
+
 class Suite(Frozen):
     """What is scored: weighted tasks.
 
@@ -222,12 +398,12 @@ class Suite(Frozen):
         items_per_candidate: search items that each candidate of a generation answers.
         block_items: items per block, over all tasks.
         chat_template: whether prompts go through the tokenizer's chat template.
-        trust_task_code: allow task YAMLs outside lm-eval's package to call Python.
+        trust_task_code: allow `python` entries, and task YAMLs outside lm-eval's package, to call Python.
         allow_code_execution: allow tasks that execute generated code.
     """
 
     include: tuple[str, ...] = ()
-    tasks: tuple[TaskSpec, ...] = Field(min_length=1)
+    tasks: tuple[AnyTaskSpec, ...] = Field(min_length=1)
     items_per_candidate: Auto | Positive = "auto"
     block_items: Auto | Positive = "auto"
     chat_template: bool = False
@@ -236,12 +412,12 @@ class Suite(Frozen):
 
     @field_validator("tasks")
     @classmethod
-    def _unique(cls, tasks: tuple[TaskSpec, ...]) -> tuple[TaskSpec, ...]:
+    def _unique(cls, tasks: tuple[AnyTaskSpec, ...]) -> tuple[AnyTaskSpec, ...]:
         """Let a task that is listed with several metrics be called by task and metric."""
         names = Counter(task.name for task in tasks)
         named = tuple(
             task.model_copy(update={"name": f"{task.task}:{task.metric}"})
-            if names[task.name] > 1 and task.name == task.task
+            if isinstance(task, TaskSpec) and names[task.name] > 1 and task.name == task.task
             else task
             for task in tasks
         )

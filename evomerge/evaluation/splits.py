@@ -21,7 +21,7 @@ GROUP_HELP = (
 
 def share_of(group: str, fractions: SplitFractions) -> Split:
     """Return the split of a group: a hash of the group alone decides, so equal questions stay together."""
-    place = _uniform("split", group)
+    place = uniform("split", group)
     if place < fractions.search:
         return "search"
     return "validation" if place < fractions.search + fractions.validation else "test"
@@ -179,9 +179,10 @@ def _fewshot_origin(task: Any) -> str | None:
 def _draw(entry: tuple[str, int, Any]) -> tuple[float, str]:
     """Order documents by hash, groups together: what `limit` keeps does not depend on the file's order."""
     group, _, doc = entry
-    return _uniform("limit", group), json.dumps(doc, sort_keys=True, default=str)
+    return uniform("limit", group), json.dumps(doc, sort_keys=True, default=str)
 
 
-def _uniform(purpose: str, text: str) -> float:
+def uniform(purpose: str, text: str) -> float:
+    """Return a number in [0, 1) that depends on purpose and text alone."""
     digest = hashlib.sha256(f"{purpose}\x1f{text}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64

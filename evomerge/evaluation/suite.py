@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evomerge.config import Splits, TaskSpec
+from evomerge.config import AnyTaskSpec, Splits, TaskSpec, TextSpec
 from evomerge.config import Suite as SuiteConfig
 from evomerge.errors import UserError, at, nearest
 from evomerge.evaluation.blocks import cut_blocks
@@ -18,10 +18,12 @@ from evomerge.evaluation.guards import check_answers
 from evomerge.evaluation.harness import HarnessTask
 from evomerge.evaluation.items import SPLITS, Block, Item, ItemScore, Split
 from evomerge.evaluation.library import Library, specs_of
+from evomerge.evaluation.own import PythonTask, check_python
 from evomerge.evaluation.preview import Preview
 from evomerge.evaluation.requests import Engine
 from evomerge.evaluation.splits import GROUP_HELP
 from evomerge.evaluation.tasks import ChatTemplate, chat_template
+from evomerge.evaluation.texts import TextTask
 
 __all__ = ["Preview", "Suite", "SuiteTask"]
 
@@ -98,7 +100,7 @@ class Suite:
         tasks: list[SuiteTask] = []
         entries: dict[Split, list[Entry]] = {split: [] for split in needed}
         owners: dict[str, str] = {}
-        for key, spec, task in _tasks_of(config, splits, template, file):
+        for key, spec, task in _tasks_of(config, splits, tokenizer, template, file):
             _check_name(owners, spec.name, key, file)
             counts: dict[Split, int] = {split: len(documents) for split, documents in task.documents.items()}
             for split in needed:
@@ -212,23 +214,47 @@ class Suite:
 
 
 def _tasks_of(
-    config: SuiteConfig, splits: Splits, template: ChatTemplate | None, file: Path | str | None
-) -> Iterator[tuple[str, TaskSpec, Task]]:
-    """Yield each task with its entry and the key of that; those of a group share their entry's weight."""
+    config: SuiteConfig,
+    splits: Splits,
+    tokenizer: Any,
+    template: ChatTemplate | None,
+    file: Path | str | None,
+) -> Iterator[tuple[str, AnyTaskSpec, Task]]:
+    """Yield each task with its entry and the key of that."""
     library = Library(config.include, file)
     for number, spec in enumerate(config.tasks):
         key = f"suite.tasks.{number}"
-        expansion = library.expand(spec.task, key=f"{key}.task")
-        specs = specs_of(spec, expansion)
-        tasks = [
-            HarnessTask(member, definition, config, splits, template, key=key, file=file)
-            for member, definition in zip(specs, expansion.definitions, strict=True)
-        ]
-        aggregate = expansion.aggregate(spec.metric)
-        by_size = aggregate is not None and aggregate.by_size
-        sizes = [sum(map(len, task.documents.values())) if by_size else 1 for task in tasks]
-        for member, task, size in zip(specs, tasks, sizes, strict=True):
-            yield key, member.model_copy(update={"weight": spec.weight * size / sum(sizes)}), task
+        if isinstance(spec, TaskSpec):
+            for member, task in _harness_tasks(spec, library, config, splits, template, key, file):
+                yield key, member, task
+        elif isinstance(spec, TextSpec):
+            yield key, spec, TextTask(spec, splits, place=at(file, key))
+        else:
+            check_python(spec, trusted=config.trust_task_code, file=file)
+            yield key, spec, PythonTask(spec, splits, tokenizer, place=at(file, key))
+
+
+def _harness_tasks(
+    spec: TaskSpec,
+    library: Library,
+    config: SuiteConfig,
+    splits: Splits,
+    template: ChatTemplate | None,
+    key: str,
+    file: Path | str | None,
+) -> Iterator[tuple[TaskSpec, Task]]:
+    """Yield the tasks that an entry stands for; those of a group share its weight."""
+    expansion = library.expand(spec.task, key=f"{key}.task")
+    specs = specs_of(spec, expansion)
+    tasks = [
+        HarnessTask(member, definition, config, splits, template, key=key, file=file)
+        for member, definition in zip(specs, expansion.definitions, strict=True)
+    ]
+    aggregate = expansion.aggregate(spec.metric)
+    by_size = aggregate is not None and aggregate.by_size
+    sizes = [sum(map(len, task.documents.values())) if by_size else 1 for task in tasks]
+    for member, task, size in zip(specs, tasks, sizes, strict=True):
+        yield member.model_copy(update={"weight": spec.weight * size / sum(sizes)}), task
 
 
 def _check_name(owners: dict[str, str], name: str, key: str, file: Path | str | None) -> None:
