@@ -397,7 +397,12 @@ class Suite(Frozen):
         tasks: the tasks.
         items_per_candidate: search items that each candidate of a generation answers.
         block_items: items per block, over all tasks.
-        chat_template: whether prompts go through the tokenizer's chat template.
+        chat_template: whether prompts go through the tokenizer's chat template, or through which of several. It
+            must be written where one of the models has one.
+        chat_template_args: what the template is given besides the messages, e.g. ``enable_thinking``.
+        system_instruction: put before each task's description.
+        fewshot_as_multiturn: whether few-shot examples are turns of their own in a chat (by default they are).
+        think_end_token: what ends an answer's thinking; the answer is what follows it.
         trust_task_code: allow `python` entries, and task YAMLs outside lm-eval's package, to call Python.
         allow_code_execution: allow tasks that execute generated code.
     """
@@ -406,7 +411,11 @@ class Suite(Frozen):
     tasks: tuple[AnyTaskSpec, ...] = Field(min_length=1)
     items_per_candidate: Auto | Positive = "auto"
     block_items: Auto | Positive = "auto"
-    chat_template: bool = False
+    chat_template: bool | Annotated[str, Field(min_length=1)] | None = None
+    chat_template_args: dict[str, Any] = Field(default_factory=dict)
+    system_instruction: Annotated[str, Field(min_length=1)] | None = None
+    fewshot_as_multiturn: bool | None = None
+    think_end_token: Annotated[str, Field(min_length=1)] | None = None
     trust_task_code: bool = False
     allow_code_execution: bool = False
 

@@ -96,7 +96,7 @@ def evaluate(
     from evomerge.evaluation.suite import Suite
     from evomerge.searching.ranking import values_of
     from evomerge.searching.results import score_dict
-    from evomerge.searching.setup import decide_engine
+    from evomerge.searching.setup import decide_chat_template, decide_engine
 
     with reading.in_file():
         recipe = pin(recipe, checkpoints)
@@ -104,6 +104,8 @@ def evaluate(
     label = f"recipe {recipe.hash}" if isinstance(model, Recipe) else str(model)
     config = decide_engine(config, checkpoints[plan.donor])
     tokenizer = output_tokenizer(recipe, checkpoints)
+    file = None if isinstance(suite, Config) else suite
+    config = decide_chat_template(config, checkpoints, tokenizer, file, {"model": label})
     built = Suite.build(
         config.suite,
         config.splits,

@@ -10,6 +10,7 @@ from typing import Any
 from evomerge.config import Splits, TaskSpec
 from evomerge.config import Suite as SuiteConfig
 from evomerge.errors import UserError, at
+from evomerge.evaluation.chat import PromptStyle
 from evomerge.evaluation.definitions import Definition
 from evomerge.evaluation.entries import Entry, Reply
 from evomerge.evaluation.gold import gold_entries
@@ -19,7 +20,7 @@ from evomerge.evaluation.metrics import Metric, choose_metric
 from evomerge.evaluation.preview import Preview
 from evomerge.evaluation.requests import Engine, Generated, Generation, Loglikelihood, Request, Rolling
 from evomerge.evaluation.splits import TaskSplits
-from evomerge.evaluation.tasks import ChatTemplate, build_instances, item_id, load_source, request_of
+from evomerge.evaluation.tasks import build_instances, item_id, load_source, request_of, stops_of
 
 
 class HarnessTask:
@@ -30,7 +31,7 @@ class HarnessTask:
         definition: the task's.
         suite: the config's suite.
         splits: where the items come from, unless `spec` says so.
-        template: applied to the prompts, if any.
+        style: how prompts are written.
 
     Raises:
         UserError: the task, its metric or its splits are wrong, or it runs code that is not trusted.
@@ -42,12 +43,12 @@ class HarnessTask:
         definition: Definition,
         suite: SuiteConfig,
         splits: Splits,
-        template: ChatTemplate | None,
+        style: PromptStyle,
         *,
         key: str,
         file: Path | str | None,
     ) -> None:
-        self._template = template
+        self._style = style
         self._place = at(file, f"{key}.metric")
         self._parts = TaskSplits(load_source(spec, definition, suite, key=key, file=file), splits, file)
         task = self._parts.tasks["search"]
@@ -61,22 +62,32 @@ class HarnessTask:
         """Split → (index in its data split, document)."""
         return self._parts.documents
 
+    def prompt(self) -> str | None:
+        """Return the first search item's prompt; None for texts that are scored as a whole."""
+        if self.output_type == "loglikelihood_rolling":
+            return None
+        index, doc = self._parts.documents["search"][0]
+        (first, *_) = build_instances(self._parts.tasks["search"], index, doc, self._style)
+        return str(first.args[0])
+
     def entries(self, split: Split) -> list[Entry]:
         """See `Task.entries`."""
         source, task = self._parts.source, self._parts.tasks[split]
-        scorer = HarnessScorer(task, self.metric)
+        scorer = HarnessScorer(task, self.metric, self._style)
         entries = []
         for index, doc in self._parts.documents[split]:
-            instances = build_instances(task, index, doc, self._template)
-            requests = tuple(request_of(instance, source.spec.task) for instance in instances)
+            instances = build_instances(task, index, doc, self._style)
+            requests = tuple(request_of(instance, source.spec.task, self._style) for instance in instances)
             gold, choices = _gold(task, doc)
-            identity = item_id(source, self.metric, requests, task.doc_to_target(doc), doc)
+            identity = item_id(source, self.metric, self._style, requests, task.doc_to_target(doc), doc)
             entries.append(
                 Entry(
                     item=Item(identity, source.spec.name, split, index),
                     requests=requests,
                     scorer=scorer,
-                    reference=_reference(task, requests, gold, choices, chat=self._template is not None),
+                    reference=_reference(
+                        task, requests, gold, choices, chat=self._style.template is not None
+                    ),
                     material=Asked(instances, gold, choices),
                 )
             )
@@ -103,9 +114,10 @@ class Asked:
 class HarnessScorer:
     """Scores with the filters and metrics of an lm-eval task; see `evomerge.evaluation.entries.Scorer`."""
 
-    def __init__(self, task: Any, metric: Metric) -> None:
+    def __init__(self, task: Any, metric: Metric, style: PromptStyle) -> None:
         self._task = task
         self._metric = metric
+        self._style = style
 
     def score(self, replies: Sequence[Reply], engine: Engine) -> list[tuple[float, float]]:
         """See `Scorer.score`."""
@@ -165,7 +177,11 @@ class HarnessScorer:
         instances = []
         for reply in replies:
             for instance, answer in zip(reply.entry.material.instances, reply.answers, strict=True):
-                response = answer.text if isinstance(answer, Generated) else answer
+                response = (
+                    self._style.answer(answer.text, stops_of(instance))
+                    if isinstance(answer, Generated)
+                    else answer
+                )
                 instance.resps = [response] * max(1, instance.repeats or 1)
                 instance.filtered_resps = {}
                 instances.append(instance)

@@ -13,6 +13,7 @@ from evomerge.config import AnyTaskSpec, Splits, TaskSpec, TextSpec
 from evomerge.config import Suite as SuiteConfig
 from evomerge.errors import UserError, at, nearest
 from evomerge.evaluation.blocks import cut_blocks
+from evomerge.evaluation.chat import PromptStyle, prompt_style
 from evomerge.evaluation.entries import Entry, Questions, Task, answer, ask_of, given_by, score_all
 from evomerge.evaluation.guards import check_answers
 from evomerge.evaluation.harness import HarnessTask
@@ -20,9 +21,8 @@ from evomerge.evaluation.items import SPLITS, Block, Item, ItemScore, Split
 from evomerge.evaluation.library import Library, specs_of
 from evomerge.evaluation.own import PythonTask, check_python
 from evomerge.evaluation.preview import Preview
-from evomerge.evaluation.requests import Engine
+from evomerge.evaluation.requests import Engine, Loglikelihood
 from evomerge.evaluation.splits import GROUP_HELP
-from evomerge.evaluation.tasks import ChatTemplate, chat_template
 from evomerge.evaluation.texts import TextTask
 
 __all__ = ["Preview", "Suite", "SuiteTask"]
@@ -81,30 +81,24 @@ class Suite:
         Args:
             config: the config's suite.
             splits: where the items of tasks without their own `splits` come from.
-            tokenizer: the base model's; its chat template is used if the suite asks for one.
+            tokenizer: of the merged models; its chat template is used if the suite asks for one.
             splits_needed: the splits whose prompts are rendered. Groups of all three are always compared.
             file: the config file, for messages.
 
         Raises:
             UserError: a task, metric, split or setting is wrong, or runs code that is not trusted.
         """
-        template: ChatTemplate | None = None
-        if config.chat_template:
-            if getattr(tokenizer, "chat_template", None) is None:
-                raise UserError(
-                    f"{at(file, 'suite.chat_template')}the base model's tokenizer has no chat template; "
-                    f"set it to false"
-                )
-            template = chat_template(tokenizer)
+        style = prompt_style(config, tokenizer, file)
         needed = [split for split in SPLITS if split in set(splits_needed)]
         tasks: list[SuiteTask] = []
         entries: dict[Split, list[Entry]] = {split: [] for split in needed}
         owners: dict[str, str] = {}
-        for key, spec, task in _tasks_of(config, splits, tokenizer, template, file):
+        for key, spec, task in _tasks_of(config, splits, tokenizer, style, file):
             _check_name(owners, spec.name, key, file)
             counts: dict[Split, int] = {split: len(documents) for split, documents in task.documents.items()}
             for split in needed:
                 rendered = _unique(task.entries(split), spec.name, split)
+                _check_thinking(rendered, style, spec.name, at(file, key))
                 entries[split] += rendered
                 counts[split] = len(rendered)
             _check_disjoint(entries, spec.name, at(file, key))
@@ -217,7 +211,7 @@ def _tasks_of(
     config: SuiteConfig,
     splits: Splits,
     tokenizer: Any,
-    template: ChatTemplate | None,
+    style: PromptStyle,
     file: Path | str | None,
 ) -> Iterator[tuple[str, AnyTaskSpec, Task]]:
     """Yield each task with its entry and the key of that."""
@@ -225,7 +219,7 @@ def _tasks_of(
     for number, spec in enumerate(config.tasks):
         key = f"suite.tasks.{number}"
         if isinstance(spec, TaskSpec):
-            for member, task in _harness_tasks(spec, library, config, splits, template, key, file):
+            for member, task in _harness_tasks(spec, library, config, splits, style, key, file):
                 yield key, member, task
         elif isinstance(spec, TextSpec):
             yield key, spec, TextTask(spec, splits, place=at(file, key))
@@ -239,7 +233,7 @@ def _harness_tasks(
     library: Library,
     config: SuiteConfig,
     splits: Splits,
-    template: ChatTemplate | None,
+    style: PromptStyle,
     key: str,
     file: Path | str | None,
 ) -> Iterator[tuple[TaskSpec, Task]]:
@@ -247,7 +241,7 @@ def _harness_tasks(
     expansion = library.expand(spec.task, key=f"{key}.task")
     specs = specs_of(spec, expansion)
     tasks = [
-        HarnessTask(member, definition, config, splits, template, key=key, file=file)
+        HarnessTask(member, definition, config, splits, style, key=key, file=file)
         for member, definition in zip(specs, expansion.definitions, strict=True)
     ]
     aggregate = expansion.aggregate(spec.metric)
@@ -255,6 +249,24 @@ def _harness_tasks(
     sizes = [sum(map(len, task.documents.values())) if by_size else 1 for task in tasks]
     for member, task, size in zip(specs, tasks, sizes, strict=True):
         yield member.model_copy(update={"weight": spec.weight * size / sum(sizes)}), task
+
+
+def first_prompt(
+    config: SuiteConfig, splits: Splits, tokenizer: Any, style: PromptStyle, file: Path | str | None
+) -> str | None:
+    """Return the first prompt of a suite's first task that has prompts."""
+    for _, _, task in _tasks_of(config, splits, tokenizer, style, file):
+        if isinstance(task, HarnessTask) and (prompt := task.prompt()) is not None:
+            return prompt
+    return None
+
+
+def _check_thinking(entries: Sequence[Entry], style: PromptStyle, task: str, place: str) -> None:
+    if style.thinks and any(isinstance(r, Loglikelihood) for entry in entries for r in entry.requests):
+        raise UserError(
+            f"{place}task '{task}' scores given answers, before which a model cannot think; take it out, or set "
+            "suite.chat_template_args.enable_thinking to false"
+        )
 
 
 def _check_name(owners: dict[str, str], name: str, key: str, file: Path | str | None) -> None:

@@ -6,13 +6,14 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from evomerge.config import Suite as SuiteConfig
 from evomerge.config import TaskSpec
 from evomerge.errors import UserError, at
+from evomerge.evaluation.chat import PromptStyle
 from evomerge.evaluation.data import load_documents, quiet
 from evomerge.evaluation.definitions import Definition, PythonCall, check_trust
 from evomerge.evaluation.metrics import Metric
@@ -20,7 +21,6 @@ from evomerge.evaluation.requests import Generation, Loglikelihood, Request, Rol
 
 FEWSHOT_SEED = 1234
 MAX_GEN_TOKS = 256
-ChatTemplate = Callable[..., str]
 
 _LENGTH_KEYS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _GREEDY_KEYS = {"until", "do_sample", "temperature", "top_p", "top_k", *_LENGTH_KEYS}
@@ -152,54 +152,41 @@ class _Memo:
         return kept[what]
 
 
-def chat_template(tokenizer: Any) -> ChatTemplate:
-    """Return the tokenizer's chat template as lm-eval applies it: without the system turn if it must."""
-    import jinja2
-
-    def render(history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        options = {
-            "tokenize": False,
-            "add_generation_prompt": add_generation_prompt,
-            "continue_final_message": not add_generation_prompt,
-        }
-        try:
-            return str(tokenizer.apply_chat_template(history, **options))
-        except jinja2.exceptions.TemplateError:
-            users = [message for message in history if message["role"] != "system"]
-            return str(tokenizer.apply_chat_template(users, **options))
-
-    return render
-
-
-def build_instances(task: Any, index: int, doc: Any, template: ChatTemplate | None) -> list[Any]:
+def build_instances(task: Any, index: int, doc: Any, style: PromptStyle) -> list[Any]:
     """Return a document's lm-eval instances in order, as `Task.build_all_requests` makes them."""
-    chat = template is not None
+    chat: dict[str, Any] = {
+        "apply_chat_template": style.template is not None,
+        "chat_template": style.template,
+    }
     context = task.fewshot_context(
         doc,
         num_fewshot=task.config.num_fewshot or 0,
-        apply_chat_template=chat,
-        chat_template=template,
+        system_instruction=style.system,
+        fewshot_as_multiturn=style.multiturn,
         gen_prefix=task.doc_to_prefix(doc),
+        **chat,
     )
     instances = task.construct_requests(
-        doc=doc,
-        ctx=context,
-        metadata=(task.config.task, index, task.config.repeats),
-        apply_chat_template=chat,
-        chat_template=template,
+        doc=doc, ctx=context, metadata=(task.config.task, index, task.config.repeats), **chat
     )
     instances = instances if isinstance(instances, list) else [instances]
     return sorted(instances, key=lambda instance: instance.idx)
 
 
-def request_of(instance: Any, task: str) -> Request:
-    """Return what an lm-eval instance asks."""
+def request_of(instance: Any, task: str, style: PromptStyle) -> Request:
+    """Return what an lm-eval instance asks; an answer with thinking is not ended by stop strings."""
     arguments = instance.args
     if instance.request_type == "loglikelihood":
         return Loglikelihood(str(arguments[0]), str(arguments[1]))
     if instance.request_type == "loglikelihood_rolling":
         return Rolling(str(arguments[0]))
-    return _generation(arguments[1], arguments[0], task)
+    asked = _generation(arguments[1], arguments[0], task)
+    return asked if style.think_end is None else replace(asked, stops=())
+
+
+def stops_of(instance: Any) -> tuple[str, ...]:
+    """Return the stop strings of an lm-eval instance that generates."""
+    return _stops(instance.args[1])
 
 
 def _generation(kwargs: Mapping[str, Any], context: str, task: str) -> Generation:
@@ -215,15 +202,18 @@ def _generation(kwargs: Mapping[str, Any], context: str, task: str) -> Generatio
                 f"task '{task}': generation_kwargs.{key}: {value} would sample, and scores would not be reproducible; "
                 f"set gen_kwargs: {{do_sample: false, temperature: 0}} in the suite"
             )
-    until = kwargs.get("until") or []
-    stops = (until,) if isinstance(until, str) else tuple(str(stop) for stop in until)
     lengths = [kwargs[key] for key in _LENGTH_KEYS if kwargs.get(key) is not None]
     length = int(lengths[0]) if lengths else MAX_GEN_TOKS
     if length < 1:
         raise UserError(
             f"task '{task}': generation_kwargs.max_gen_toks: {length}: generate at least one token"
         )
-    return Generation(context, stops, length)
+    return Generation(context, _stops(kwargs), length)
+
+
+def _stops(kwargs: Mapping[str, Any]) -> tuple[str, ...]:
+    until = kwargs.get("until") or []
+    return (until,) if isinstance(until, str) else tuple(map(str, until))
 
 
 def _overrides(spec: TaskSpec, definition: Definition, file: Path | str | None, key: str) -> dict[str, Any]:
@@ -294,10 +284,18 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def item_id(source: TaskSource, metric: Metric, requests: Sequence[Request], reference: Any, doc: Any) -> str:
+def item_id(
+    source: TaskSource,
+    metric: Metric,
+    style: PromptStyle,
+    requests: Sequence[Request],
+    reference: Any,
+    doc: Any,
+) -> str:
     """Return sha256 over the task's config with the metric, the rendered requests and the references.
 
-    Where the task's own code computes the score, the references are the whole document.
+    The end of thinking is in no request, and yet changes the score. Where the task's own code computes the
+    score, the references are the whole document.
     """
     custom = source.config.get("process_results") is not None
     asked = [[type(request).__name__, *vars(request).values()] for request in requests]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from evomerge.config import Config, ModelRef
 from evomerge.data_config import TaskItems, TextFile
@@ -152,6 +152,36 @@ def decide_output(config: Config, base: Checkpoint) -> tuple[Config, tuple[str, 
     return config.model_copy(update={"output": output}), (warning,)
 
 
+def decide_chat_template(
+    config: Config,
+    checkpoints: Mapping[str, Checkpoint],
+    tokenizer: Any,
+    file: Path | str | None,
+    names: Mapping[str, str] | None = None,
+) -> Config:
+    """Return the config with `suite.chat_template` decided; see `evomerge.evaluation.chat.decide_chat`.
+
+    Args:
+        config: of the suite.
+        checkpoints: the models.
+        tokenizer: of the merged models.
+        file: named in errors.
+        names: what errors call a model, if not by its name.
+    """
+    from evomerge.checkpoints.tokenizer import chat_templates
+    from evomerge.evaluation.chat import decide_chat
+    from evomerge.evaluation.suite import first_prompt
+
+    suite = decide_chat(
+        config.suite,
+        tokenizer,
+        {(names or {}).get(name, name): chat_templates(c.path) for name, c in checkpoints.items()},
+        lambda style: first_prompt(config.suite, config.splits, tokenizer, style, file),
+        file=file,
+    )
+    return config.model_copy(update={"suite": suite})
+
+
 def pin_revisions(config: Config, checkpoints: Mapping[str, Checkpoint]) -> Config:
     """Return the config with the commit of every hub model written out, so that a resume sees the same files."""
 
@@ -243,6 +273,7 @@ def set_up(config: Config, *, file: Path | str, weights: bool = True) -> Setup:
     initial = space.decode(space.initial)
     warnings += tuple(output_vocabulary(initial, checkpoints).warnings)
     tokenizer = output_tokenizer(initial, checkpoints)
+    config = decide_chat_template(config, checkpoints, tokenizer, file)
     suite = Suite.build(config.suite, config.splits, tokenizer, file=str(file))
     if config.space.data is not None:
         config = with_texts(config, suite)

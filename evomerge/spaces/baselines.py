@@ -31,8 +31,9 @@ def undefined_baselines(config: Config) -> dict[str, str]:
 
 def _linear(config: Config, sources: Mapping[str, Source], inputs: tuple[str, ...]) -> Recipe:
     merge = Merge(method="linear", inputs=inputs, parameters={"weight": 1.0 / len(inputs)})
-    # A tokenizer of its own choosing may be made of any of the models.
-    names = sources if config.output.tokenizer is not None else dict.fromkeys(("base", *inputs))
+    # A tokenizer or chat template of its own choosing may be made of any of the models.
+    chosen = config.output.tokenizer is not None or config.output.chat_template is not None
+    names = sources if chosen else dict.fromkeys(("base", *inputs))
     return Recipe(
         models={name: sources[name] for name in names},
         merges={MERGE: merge},

@@ -36,6 +36,7 @@ def lm_eval_samples(path: Path, model: Any, tokenizer: Any, **options: Any) -> l
         softmax_dtype="float32",
         batch_size=16,
         max_length=max_length,
+        **options.pop("lm", {}),
     )
     results = evaluate(lm, loaded, bootstrap_iters=0, log_samples=True, **options)
     assert results is not None
