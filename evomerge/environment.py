@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
@@ -44,6 +47,24 @@ def prepare(*, offline: bool = True, threads: int | None = 1) -> None:
     if threads is not None:
         for name in THREAD_VARIABLES:
             os.environ.setdefault(name, str(threads))
+
+
+@contextmanager
+def imports_uncollected() -> Iterator[None]:
+    """Keep the garbage collector out of the imports in the block, and out of what they made from then on.
+
+    Importing torch makes hundreds of thousands of objects that live as long as the process: looking through them
+    again and again, and once more at the end, takes a good part of a short command's time.
+    """
+    if "torch" in sys.modules or not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def cache_folder() -> Path:

@@ -55,6 +55,9 @@ class AdaptedCheckpoint(Checkpoint):
         change = self.changes.get(name)
         return change is None or change.replaces
 
+    def view(self, name: str) -> torch.Tensor | None:
+        return None if name in self.changes else self.base.view(self.sources[name])
+
     def read_dtype(self, name: str) -> torch.dtype:
         change = self.changes.get(name)
         if change is None:

@@ -91,6 +91,9 @@ class AlignedCheckpoint(Checkpoint):
     def mapped(self, name: str) -> bool:
         return name not in self.alignments and self.parent.mapped(self.sources[name])
 
+    def view(self, name: str) -> torch.Tensor | None:
+        return None if name in self.alignments else self.parent.view(self.sources[name])
+
     def read_dtype(self, name: str) -> torch.dtype:
         moved = name in self.alignments
         return self.tensors[name].dtype if moved else self.parent.read_dtype(self.sources[name])

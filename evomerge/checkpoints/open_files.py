@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
+import sys
 import threading
 import warnings
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import cast
 
 import torch
 
 from evomerge.errors import CheckpointError
+
+_POPULATE_READ = 22  # MADV_POPULATE_READ, Linux 5.14
 
 
 class OpenFiles:
@@ -87,6 +93,52 @@ class OpenFiles:
             except OSError as error:
                 raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
         return self._descriptors[file]
+
+
+def expect(view: torch.Tensor) -> None:
+    """Have a mapped view's bytes read from the disk, without waiting for them."""
+    function = _madvise()
+    if function is not None:
+        function(_page(view), _length(view), mmap.MADV_WILLNEED)
+
+
+def populate(view: torch.Tensor) -> bool:
+    """Bring a mapped view's pages into memory and into the page table, in one call instead of a fault for each.
+
+    Returns False where the system cannot; touching the view may then fault page by page, or kill the process if the
+    file has become shorter.
+    """
+    function, length = _madvise(), _length(view)
+    return function is not None and not function(_page(view), length, _POPULATE_READ)
+
+
+def release(view: torch.Tensor) -> None:
+    """Let go of a mapped view's pages: they count as resident no longer, and are there again once touched.
+
+    Args:
+        view: from `OpenFiles.view`, of bytes that `populate` took. Memory of any other kind would lose its content.
+    """
+    function = _madvise()
+    if function is not None:
+        function(_page(view), _length(view), mmap.MADV_DONTNEED)
+
+
+def _page(view: torch.Tensor) -> int:
+    return view.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+
+
+def _length(view: torch.Tensor) -> int:
+    return view.data_ptr() + view.nbytes - _page(view)
+
+
+@cache
+def _madvise() -> Callable[[int, int, int], int] | None:
+    """Return C's madvise, which unlike Python's lets other threads go on; None on other systems than Linux."""
+    if sys.platform != "linux":
+        return None
+    function = ctypes.CDLL(None).madvise
+    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return cast(Callable[[int, int, int], int], function)
 
 
 @cache

@@ -100,6 +100,13 @@ class Checkpoint:
         """Whether a tensor lies in a file as it is, so that `tensor` costs nothing before it is read."""
         return name in self.tensors
 
+    def view(self, name: str) -> torch.Tensor | None:
+        """Return a flat read-only view of the mapped file; None for a tensor that does not lie in it as it is."""
+        info = self.tensors[name]
+        if not self.mapped(name) or not info.numel or info.offset % info.dtype.itemsize:
+            return None
+        return self._files.view(info.file, info.offset, info.nbytes, info.dtype)
+
     def read_dtype(self, name: str) -> torch.dtype:
         """The dtype in which `read_into` and `tensor` deliver: the stored one, wider for computed tensors."""
         return self.tensors[name].dtype

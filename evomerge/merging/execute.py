@@ -77,12 +77,14 @@ def execute(
     lock = threading.Lock()
 
     arenas = threading.local()
+    opened: list[Arena] = []
 
     def read(checkpoint: Checkpoint, tensor: str) -> torch.Tensor:
         if stream or not checkpoint.mapped(tensor):
             # The methods and the copy below only slice.
             if not hasattr(arenas, "arena"):
                 arenas.arena = Arena(pinned=device is not None and device.type == "cuda")
+                opened.append(arenas.arena)
             arenas.slot += 1
             return cast(torch.Tensor, StreamedTensor(checkpoint, tensor, arenas.arena, arenas.slot))
         return checkpoint.tensor(tensor).reshape(-1)
@@ -125,8 +127,12 @@ def execute(
             else:
                 _in_threads(function, jobs, threads)
 
-    thresholds = global_thresholds(plan.jobs, operands_of, run, cache)
-    run(work, todo)
+    try:
+        thresholds = global_thresholds(plan.jobs, operands_of, run, cache)
+        run(work, todo)
+    finally:
+        for arena in opened:
+            arena.close()
 
 
 def _in_threads(work: Callable[[TensorJob], None], jobs: Iterable[TensorJob], threads: int) -> None:

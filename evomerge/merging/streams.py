@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import threading
+import weakref
+from collections.abc import Callable
 
 import torch
 
 from evomerge.checkpoints import Checkpoint
+from evomerge.checkpoints.open_files import expect, populate, release
 
 _SHARE = 0.6
 _COPY = 1 << 24
+_WINDOW = 1 << 21
+_JUMP = 1 << 16
 
 
 class Arena:
@@ -17,7 +22,41 @@ class Arena:
 
     def __init__(self, *, pinned: bool = False) -> None:
         self._buffers: list[torch.Tensor] = []
+        self._views: dict[int, torch.Tensor] = {}
+        self._windows: dict[int, torch.Tensor] = {}
         self._pinned = pinned
+
+    @property
+    def pinned(self) -> bool:
+        """Whether slots are page-locked."""
+        return self._pinned
+
+    def lend(self, index: int, view: torch.Tensor | None) -> Callable[[], torch.Tensor | None]:
+        """Keep a view for slot `index`, and return what gives it until another takes its place.
+
+        What a stream leads to may outlive the merge in a reference cycle, a mapped file must not.
+        """
+        self._views.pop(index, None)
+        if view is None:
+            return lambda: None
+        self._views[index] = view
+        return weakref.ref(view)
+
+    def hold(self, index: int, window: torch.Tensor) -> bool:
+        """Bring a view's pages into memory, and let go of those that slot `index` held; whether that worked."""
+        last = self._windows.pop(index, None)
+        if last is not None:
+            release(last)
+        if not populate(window):
+            return False
+        self._windows[index] = window
+        return True
+
+    def close(self) -> None:
+        """Let go of all mapped files."""
+        self._views.clear()
+        while self._windows:
+            release(self._windows.popitem()[1])
 
     def slot(self, index: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """Return `numel` elements of buffer `index`, with arbitrary content.
@@ -35,8 +74,9 @@ class Arena:
 class StreamedTensor:
     """Stands in for a flat tensor of a checkpoint where only slices of it are read.
 
-    A slice lies in the arena's buffer and is valid until the next slice of the same stream. Unlike pages of a
-    mapped file, which count as resident once they are touched, memory stays bounded.
+    A slice is valid until the next slice of the same stream. Resident memory stays bounded: of a tensor that lies in
+    a file as it is, a window of some MiB is mapped at a time, which copies nothing; computed tensors, and slices out
+    of the row, lie in the arena's buffer.
 
     Args:
         checkpoint, name: what to read.
@@ -51,6 +91,11 @@ class StreamedTensor:
         self._name = name
         self._arena = arena
         self._slot = slot
+        view = None if arena.pinned else checkpoint.view(name)
+        self._view = arena.lend(slot, view)
+        self._begin = self._end = 0
+        if view is not None:
+            expect(view[: _WINDOW // view.itemsize])
         self.dtype = checkpoint.read_dtype(name)
         self.shape = torch.Size([checkpoint.tensors[name].numel])
 
@@ -69,8 +114,35 @@ class StreamedTensor:
         start, stop, step = part.indices(self.numel())
         if step != 1:
             raise ValueError("a streamed tensor is read in consecutive elements")
+        view = self._view()
+        if view is not None and self._mapped(view, start, stop):
+            return view[start:stop]
         out = self._arena.slot(self._slot, max(0, stop - start), self.dtype)
         return self._checkpoint.read_into(self._name, start, out)
+
+    @property
+    def whole(self) -> torch.Tensor | None:
+        """The tensor as mapped memory, if all of it fits into a window."""
+        view = self._view()
+        fits = view is not None and view.nbytes <= _WINDOW and self._mapped(view, 0, self.numel())
+        return view if fits else None
+
+    def _mapped(self, view: torch.Tensor, start: int, stop: int) -> bool:
+        """Whether a slice is in memory, in the window that is there or one that begins with it."""
+        if self._begin <= start and stop <= self._end:
+            return True
+        follows = start == 0 or self._begin <= start <= self._end
+        if start >= stop or not (follows or stop - start >= _JUMP):
+            return False
+        size = _WINDOW // self.dtype.itemsize
+        end = min(max(stop, start + size), self.numel())
+        if end < self.numel():
+            expect(view[end : end + size])
+        if not self._arena.hold(self._slot, view[start:end]):
+            self._view = self._arena.lend(self._slot, None)
+            return False
+        self._begin, self._end = start, end
+        return True
 
 
 class DeviceTensor:

@@ -17,7 +17,7 @@ from evomerge.methods.kernels import DeltaCombination, Sparse, Values
 from evomerge.methods.native import Band
 from evomerge.methods.norms import RESCALE, rescaled
 from evomerge.methods.operands import Operands
-from evomerge.methods.reductions import kth_magnitude
+from evomerge.methods.reductions import order_statistics
 from evomerge.methods.registry import MergeMethod, Parameter, register
 from evomerge.methods.rows import row_layout, whole_rows
 from evomerge.methods.task_arithmetic import LAMBDA, NORMALIZE, coefficients
@@ -69,10 +69,16 @@ def crumbs(operands: Operands, values: Values) -> Sparse:
     """Keep what lies between two order statistics of the tensor's |τ_k|, both included."""
     n = operands.size
     bounds: list[tuple[float, float]] = []
-    for k, (density, gamma) in enumerate(zip(values["density"], values["gamma"], strict=True)):
-        first, stop = kept(n, density, gamma)
-        low = kth_magnitude(operands, k, n - first) if 0 < first < stop else 0.0
-        high = kth_magnitude(operands, k, n - stop + 1) if first < stop < n else math.inf
+    places = [
+        kept(n, density, gamma) for density, gamma in zip(values["density"], values["gamma"], strict=True)
+    ]
+    lows = [(k, n - first) for k, (first, stop) in enumerate(places) if 0 < first < stop]
+    highs = [(k, n - stop + 1) for k, (first, stop) in enumerate(places) if first < stop < n]
+    found = order_statistics(operands, lows + highs)
+    lowest = {k: value for (k, _), value in zip(lows, found[: len(lows)], strict=True)}
+    highest = {k: value for (k, _), value in zip(highs, found[len(lows) :], strict=True)}
+    for k, (first, stop) in enumerate(places):
+        low, high = lowest.get(k, 0.0), highest.get(k, math.inf)
         bounds.append((low, high) if first < stop else (math.inf, 0.0))
 
     def keep(k: int, delta: Tensor, start: int) -> None:

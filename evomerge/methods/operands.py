@@ -16,7 +16,7 @@ T = TypeVar("T")
 STRIP = 1 << 17
 """Elements that kernels work on at a time: enough to hide the cost of a call, few enough to stay in cache."""
 
-RUNS, RUN = 1 << 6, 1 << 10
+RUNS, RUN = 1 << 6, 1 << 9
 """Number and length of the runs of a sample."""
 
 DEVICE_STRIP = 1 << 24
@@ -117,7 +117,7 @@ class Operands:
         return self.base[0 : self.size].to(self.dtype, copy=True).reshape(self.shape)
 
     def sample(self, k: int) -> Tensor:
-        """Return some 2¹⁶ elements of θ_k − θ_0 (all of a smaller tensor), freshly allocated.
+        """Return some 2¹⁵ elements of θ_k − θ_0 (all of a smaller tensor), freshly allocated.
 
         They come in runs of consecutive elements at equal distances, which is what a file can be asked for.
         """
@@ -128,10 +128,16 @@ class Operands:
     def _runs(self, k: int) -> Tensor:
         tensor, count = self.tensor(k), RUNS if self.size > RUNS * RUN else 1
         length = RUN if count > 1 else self.size
+        stride = self.size // count
         rows = torch.empty(count, length, dtype=self.dtype, device=self.device)
+        # A stream that has the whole tensor in memory says so.
+        whole = tensor if isinstance(tensor, Tensor) else getattr(tensor, "whole", None)
+        if whole is not None and whole.is_contiguous() and length:
+            return rows.copy_(whole.as_strided((count, length), (stride, 1), whole.storage_offset())).reshape(
+                -1
+            )
         for run, row in enumerate(rows):
-            start = run * self.size // count
-            row.copy_(tensor[start : start + length])
+            row.copy_(tensor[run * stride : run * stride + length])
         return rows.reshape(-1)
 
     @property

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from evomerge.methods import native
-from evomerge.methods.operands import STRIP, Operands
+from evomerge.methods.operands import RUN, RUNS, STRIP, Operands
 
 if TYPE_CHECKING:
     from evomerge.methods.kernels import Sparse
@@ -131,25 +131,33 @@ class Magnitudes:
 
 
 def kth_magnitude(operands: Operands, k: int, rank: int) -> float:
-    """Return the `rank`-th largest |θ_k − θ_0|, exactly; rank 1 is the largest.
+    """Return the `rank`-th largest |θ_k − θ_0|, exactly; rank 1 is the largest. See `order_statistics`."""
+    return order_statistics(operands, [(k, rank)])[0]
+
+
+def order_statistics(operands: Operands, wanted: Sequence[tuple[int, int]]) -> list[float]:
+    """Return, for each (k, rank), the `rank`-th largest |θ_k − θ_0|, exactly; rank 1 is the largest.
 
     With a cache, the distinct magnitudes are listed once, and every further rank is a binary search: deltas
     of 16-bit checkpoints have few (some ten thousand among millions of elements). Where there are too many
-    of them to keep, and without a cache, the one rank is selected: `select_near` if the tensor's elements
+    of them to keep, and without a cache, the ranks are selected: `select_near` if the tensor's elements
     are spread as its sample says, else `select`.
 
     Args:
         operands: the tensor of every model.
-        k: index of the input.
-        rank: in 1 … n.
+        wanted: index of the input, and rank in 1 … n.
     """
-    what = f"distinct magnitudes of {k}"
-    if operands.known(what) or operands.caching:
-        magnitudes = operands.cached(what, lambda: list_magnitudes(operands, k))
-        if magnitudes is not None:
-            return magnitudes.largest(rank)
-    found = select_near(operands, k, rank)
-    return select(operands, k, rank) if found is None else found
+    found: dict[tuple[int, int], float | None] = {}
+    for k, rank in wanted:
+        what = f"distinct magnitudes of {k}"
+        if operands.known(what) or operands.caching:
+            magnitudes = operands.cached(what, lambda k=k: list_magnitudes(operands, k))  # type: ignore[misc]
+            if magnitudes is not None:
+                found[k, rank] = magnitudes.largest(rank)
+    left = [each for each in dict.fromkeys(wanted) if each not in found]
+    found.update(zip(left, select_near(operands, left), strict=True))
+    chosen = ((k, rank, found[k, rank]) for k, rank in wanted)
+    return [select(operands, k, rank) if value is None else value for k, rank, value in chosen]
 
 
 def list_magnitudes(operands: Operands, k: int) -> Magnitudes | None:
@@ -174,65 +182,88 @@ def list_magnitudes(operands: Operands, k: int) -> Magnitudes | None:
     return Magnitudes(values, np.cumsum(counts))
 
 
-def select_near(operands: Operands, k: int, rank: int) -> float | None:
-    """Return the `rank`-th largest |θ_k − θ_0|, exactly, or None when a sample misjudges where it lies.
+def select_near(operands: Operands, wanted: Sequence[tuple[int, int]]) -> list[float | None]:
+    """Return the order statistics of `order_statistics`, or None for those where a sample misjudges where they lie.
 
-    Deltas of 16-bit checkpoints repeat few values: of those, a pass counts how many magnitudes exceed, and equal,
-    the sample's values next to its quantile, of which one often is the answer. Otherwise the sample brackets the
-    value within six standard errors; a pass counts what is larger and collects what lies inside.
+    The sample brackets each value within six standard errors; one pass over all of them counts what is larger, and
+    what is equal to the bounds and to the sample's own quantile, and collects the others inside. Deltas of 16-bit
+    checkpoints repeat few values, which are counted for the most part.
     """
+    if not wanted:
+        return []
+    brackets = [_bracket(operands, k, rank) for k, rank in wanted]
+    most = max(operands.size // 8, _SHORT)
+    file = native.file_magnitudes if native.usable(operands) else _file_magnitudes
+    filed = file(operands, [k for k, _ in wanted], brackets, most)
+    return [
+        _ranked(*each, rank)
+        for each, (_, rank) in zip(zip(brackets, filed, strict=True), wanted, strict=True)
+    ]
+
+
+def _bracket(operands: Operands, k: int, rank: int) -> tuple[float, float, float]:
+    """Return where a sample says that an order statistic lies: at least, most likely, at most."""
     n = operands.size
     sample = operands.sample(k).abs_().cpu().numpy()
-    sample.sort()
     center = min(math.floor(sample.size * (1 - rank / n)), sample.size - 1)
-    guess = _guess(operands, k, rank, sample, center)
-    if guess is not None:
-        return guess
-    spread = 6 * math.sqrt(rank * (1 - rank / n) / n * sample.size) + 2
+    middle = native.nth(sample.copy(), center)
+    error = math.sqrt(rank * (1 - rank / n) / n * sample.size)
+    if sample.size == RUNS * RUN:
+        # Neighbours are alike in some tensors: then the runs differ by more than chance.
+        above = (sample.reshape(-1, RUN) > middle).sum(axis=1)
+        error = max(error, float(above.std()) * math.sqrt(above.size))
+    spread = 6 * error + 2
     first, last = math.floor(center - spread), math.ceil(center + 1 + spread)
-    low = float(sample[first]) if first >= 0 else 0.0
-    high = float(sample[last]) if last < sample.size else math.inf
-    larger, inside, most = 0, [], max(n // 8, _SHORT)
-    for start in range(0, n, STRIP):
-        above, between = _between(operands, k, start, min(start + STRIP, n), low, high)
-        larger += above
-        inside.append(between)
-        most -= between.size
-        if larger >= rank or most < 0:
-            return None
-    collected = np.concatenate(inside)
-    at = collected.size - (rank - larger)
-    return float(np.partition(collected, at)[at]) if at >= 0 else None
+    low = native.nth(sample.copy(), first) if first >= 0 else 0.0
+    high = native.nth(sample, last) if last < sample.size else math.inf
+    return low, middle, high
 
 
-def _guess(operands: Operands, k: int, rank: int, sample: npt.NDArray[Any], center: int) -> float | None:
-    """Return one of the sample's values around `center` if it is the one sought."""
-    short = (torch.bfloat16, torch.float16)
-    if not native.usable(operands) or {operands.tensor(k).dtype, operands.tensor(-1).dtype} - {*short}:
+def _ranked(bracket: tuple[float, float, float], filed: native.Filed, rank: int) -> float | None:
+    """Return the `rank`-th largest magnitude, or None if it is not within the bracket."""
+    low, middle, high = bracket
+    inside = filed.inside
+    rank -= filed.above
+    if inside is None or rank <= 0:
         return None
-    around = np.unique(sample[max(0, center - 512) : center + 513])
-    at = int(np.searchsorted(around, sample[center]))
-    values = around[max(0, at - 1) : at + native.GUESSES - 1]
-    values = np.pad(values, (0, native.GUESSES - values.size), mode="edge").astype(np.float32)
-    counts = np.zeros((2, native.GUESSES), dtype=np.int64)
-    for start in range(0, operands.size, STRIP):
-        native.count_ranks(operands, k, start, min(start + STRIP, operands.size), values, counts)
-    above, equal = counts
-    found = np.flatnonzero((above < rank) & (rank <= above + equal))
-    return float(values[found[0]]) if found.size else None
+    larger = int(np.count_nonzero(inside > middle))
+    groups: list[tuple[int, float | None]] = [(filed.at_high, high), (larger, None)]
+    groups += [(filed.at_middle, middle)] if middle < high else []
+    groups += [(inside.size - larger, None)]
+    groups += [(filed.at_low, low)] if low < middle else []
+    skipped = 0
+    for count, value in groups:
+        if rank <= count:
+            if value is not None:
+                return value
+            at = inside.size - skipped - rank
+            return native.nth(inside, at, low, high)
+        rank -= count
+        skipped += count if value is None else 0
+    return None
 
 
-def _between(
-    operands: Operands, k: int, start: int, stop: int, low: float, high: float
-) -> tuple[int, npt.NDArray[Any]]:
-    """Count |θ_k − θ_0| above `high` among the elements ``start:stop``, and return those in [low, high]."""
-    if native.usable(operands):
-        room = operands.row("room", stop - start + 256).numpy()
-        larger, found = native.collect_between(operands, k, start, stop, low, high, room)
-        return larger, room[:found].copy()
-    magnitudes = next(operands.chunks(stop - start, start, stop)).delta(k).abs_().cpu().numpy()
-    between = magnitudes[(magnitudes >= low) & (magnitudes <= high)]
-    return int(np.count_nonzero(magnitudes > high)), between
+def _file_magnitudes(
+    operands: Operands, inputs: Sequence[int], brackets: Sequence[tuple[float, float, float]], most: int
+) -> list[native.Filed]:
+    """Do what `native.file_magnitudes` does, in plain torch."""
+    results = []
+    for k, (low, middle, high) in zip(inputs, brackets, strict=True):
+        counts, inside, left = np.zeros(4, dtype=np.int64), [], most
+        for chunk in operands.chunks(operands.strip):
+            x = chunk.delta(k).abs_().cpu().numpy()
+            counts += [
+                np.count_nonzero(x > high),
+                *(np.count_nonzero(x == each) for each in (high, middle, low)),
+            ]
+            inside.append(x[(x > low) & (x < high) & (x != middle)])
+            left -= inside[-1].size
+            if left < 0:
+                break
+        above, at_high, at_middle, at_low = map(int, counts)
+        collected = np.concatenate(inside) if left >= 0 else None
+        results.append(native.Filed(above, at_high, at_middle, at_low, collected))
+    return results
 
 
 def select(operands: Operands, k: int, rank: int) -> float:

@@ -18,7 +18,7 @@ from evomerge.methods import native
 from evomerge.methods.kernels import Sparse, Sparsify, Values
 from evomerge.methods.norms import RESCALE, rescaled
 from evomerge.methods.operands import STRIP, Chunk, Operands
-from evomerge.methods.reductions import kth_magnitude
+from evomerge.methods.reductions import order_statistics
 from evomerge.methods.registry import MergeMethod, Parameter, register
 from evomerge.methods.task_arithmetic import LAMBDA, NORMALIZE
 
@@ -74,13 +74,16 @@ def trim(operands: Operands, values: Values) -> Sparse:
     Entries equal to that value are all kept, so that the result depends on no order.
     """
     below = []
-    for k, density in enumerate(values["density"]):
-        if values.get("trim") == "global" and operands.thresholds is not None:
-            smallest = operands.thresholds[k]
-        else:
-            rank = rank_of(density, operands.size)
-            smallest = kth_magnitude(operands, k, rank) if rank < operands.size else 0.0
-        least = torch.tensor(smallest, dtype=operands.dtype)
+    smallest = dict.fromkeys(range(len(operands.inputs)), 0.0)
+    if values.get("trim") == "global" and operands.thresholds is not None:
+        smallest.update(enumerate(operands.thresholds))
+    else:
+        ranks = [(k, rank_of(density, operands.size)) for k, density in enumerate(values["density"])]
+        wanted = [(k, rank) for k, rank in ranks if rank < operands.size]
+        found = order_statistics(operands, wanted)
+        smallest.update((k, value) for (k, _), value in zip(wanted, found, strict=True))
+    for k in smallest:
+        least = torch.tensor(smallest[k], dtype=operands.dtype)
         below.append(torch.nextafter(least, torch.tensor(-1.0, dtype=operands.dtype)).item())
 
     def keep(k: int, delta: Tensor, start: int) -> None:

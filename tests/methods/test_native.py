@@ -155,12 +155,27 @@ def test_reductions_have_the_bits_of_plain_torch(dtype: torch.dtype, plain: Any)
             )
             found += [absolute_sums(operands, k, halves) for k in range(3)]
             found += [select(operands, 0, rank) for rank in (1, n // 2 + 1, n)]
-            found += [select_near(operands, 1, rank) for rank in (1, n // 2 + 1, n)]
+            found += select_near(operands, [(1, rank) for rank in (1, n // 2 + 1, n)])
         return found
 
     ours = everything()
     plain()
     assert everything() == ours
+
+
+@pytest.mark.parametrize("n", [1, 2, 4001])
+def test_an_order_statistic_is_that_of_a_sort(n: int) -> None:
+    generator = np.random.default_rng(n)
+    for values in (
+        generator.random(n),
+        generator.integers(0, 5, n),
+        np.zeros(n),
+        1e-42 * generator.random(n),
+    ):
+        ordered = np.sort(values.astype(np.float32))
+        for at in {0, n // 3, n - 1}:
+            for bounds in ((), (float(ordered[0]), float(ordered[-1]))):
+                assert native.nth(values.astype(np.float32), at, *bounds) == ordered[at]
 
 
 def test_a_broken_compiler_is_no_obstacle(tmp_path: Path) -> None:

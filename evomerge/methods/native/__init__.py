@@ -7,9 +7,10 @@ the plain torch operations run.
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +28,7 @@ BASE = -1
 """Stands for the base where the others are input numbers."""
 
 MOST_VECTORS = 16
-GUESSES = 4
+_SPARE = 256  # What a block of the C kernels may add before it sees that the room is full.
 _TRIM, _MASK = 1, 2
 
 
@@ -280,50 +281,91 @@ def add_magnitudes(
     )
 
 
-def count_ranks(
-    operands: Operands,
-    k: int,
-    start: int,
-    stop: int,
-    values: npt.NDArray[np.float32],
-    counts: npt.NDArray[np.int64],
-) -> None:
-    """Add to counts, ``(2, GUESSES)``, how many |τ_k| are above each of some values, and how many are equal to it."""
-    vector, base = _pair(operands, k, start, stop)
-    _loaded().evomerge_ranks(
-        vector.array,
-        base.array,
-        ctypes.c_int64(stop - start),
-        values.ctypes.data_as(ctypes.c_void_p),
-        counts.ctypes.data_as(ctypes.c_void_p),
+class _Bracket(ctypes.Structure):
+    _fields_ = (
+        ("low", ctypes.c_float),
+        ("middle", ctypes.c_float),
+        ("high", ctypes.c_float),
+        ("above", ctypes.c_int64),
+        ("at_high", ctypes.c_int64),
+        ("at_middle", ctypes.c_int64),
+        ("at_low", ctypes.c_int64),
+        ("inside", ctypes.c_void_p),
+        ("room", ctypes.c_int64),
+        ("found", ctypes.c_int64),
     )
 
 
-def collect_between(
-    operands: Operands, k: int, start: int, stop: int, low: float, high: float, room: npt.NDArray[np.float32]
-) -> tuple[int, int]:
-    """Count |τ_k| above `high` and put those in [low, high] into `room`: (larger, inside).
+class Filed(NamedTuple):
+    """Where the magnitudes of a vector lie with respect to low ≤ middle ≤ high.
+
+    Attributes:
+        above: how many are larger than high.
+        at_high, at_middle, at_low: how many are equal to each of the three.
+        inside: those between low and high, without those equal to middle; None: more than were asked for.
+    """
+
+    above: int
+    at_high: int
+    at_middle: int
+    at_low: int
+    inside: npt.NDArray[Any] | None
+
+
+def file_magnitudes(
+    operands: Operands, inputs: Sequence[int], brackets: Sequence[tuple[float, float, float]], most: int
+) -> list[Filed]:
+    """File |τ_k| of each of the inputs under a bracket (low, middle, high) of its own, in one pass.
 
     Args:
-        operands, k, start, stop: which elements.
-        low, high: the bracket.
-        room: for 256 numbers more than may be found; more than ``room.size`` inside means that it was too small.
+        operands: for which `usable` holds.
+        inputs, brackets: one for each result.
+        most: how many numbers inside a bracket to collect.
     """
-    vector, base = _pair(operands, k, start, stop)
-    larger = ctypes.c_int64(0)
-    function = _loaded().evomerge_bracket
-    function.restype = ctypes.c_int64
-    inside = function(
-        vector.array,
-        base.array,
-        ctypes.c_int64(stop - start),
-        ctypes.c_float(low),
-        ctypes.c_float(high),
-        ctypes.c_int64(room.size - 1),
-        room.ctypes.data_as(ctypes.c_void_p),
-        ctypes.byref(larger),
+    vectors, base = _Terms([Term(k) for k in inputs], operands), _Terms([Term(BASE)], operands)
+    rooms = [np.empty(most + _SPARE + 16, dtype=np.float32) for _ in inputs]
+    array = (_Bracket * len(brackets))()
+    for entry, bounds, room in zip(array, brackets, rooms, strict=True):
+        entry.low, entry.middle, entry.high = bounds
+        entry.inside, entry.room = room.ctypes.data, most + _SPARE
+    for start in range(0, operands.size, operands.strip):
+        stop = min(start + operands.strip, operands.size)
+        base.read(start, stop)
+        vectors.read(start, stop)
+        _loaded().evomerge_brackets(
+            base.array, vectors.array, array, ctypes.c_int32(len(array)), ctypes.c_int64(stop - start)
+        )
+    return [
+        Filed(
+            *(entry.above, entry.at_high, entry.at_middle, entry.at_low),
+            room[: entry.found] if 0 <= entry.found <= most else None,
+        )
+        for entry, room in zip(array, rooms, strict=True)
+    ]
+
+
+def nth(values: npt.NDArray[Any], at: int, low: float = 0.0, high: float = math.inf) -> float:
+    """Return entry `at`, counted from 0, of magnitudes in ascending order; they may be overwritten.
+
+    Args:
+        values: ``(n,)``, none negative.
+        at: in 0 … n − 1.
+        low, high: between which all of them lie.
+    """
+    loaded = library()
+    if loaded is None or values.dtype != np.float32:
+        return float(np.partition(values, at)[at])
+    function = loaded.evomerge_nth
+    function.restype = ctypes.c_float
+    return float(
+        function(
+            values.ctypes.data_as(ctypes.c_void_p),
+            ctypes.c_int64(values.size),
+            ctypes.c_int64(at),
+            ctypes.c_float(low),
+            ctypes.c_float(high),
+        )
     )
-    return larger.value, int(inside)
 
 
 def _pair(operands: Operands, k: int, start: int, stop: int) -> tuple[_Terms, _Terms]:

@@ -8,6 +8,9 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 #define BLOCK 256 /* 1 KiB a row: what a merge needs stays in the first-level cache */
 
@@ -16,8 +19,6 @@
 
 /* Called with constants, so that each combination gets loops of its own. */
 #define INLINE static inline __attribute__((always_inline))
-
-#define GUESSES 4
 
 enum dtype { F32 = 0, BF16 = 1, F16 = 2 };
 enum sparsity { DENSE = 0, TRIM = 1, MASK = 2, BAND = 3 };
@@ -369,6 +370,33 @@ int evomerge_disjoint(const operand *operands, int32_t count, int32_t elect, int
     return 1;
 }
 
+#ifdef __AVX512F__
+INLINE __m512d double_of(const uint16_t *bfloats) {
+    __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)bfloats));
+    return _mm512_cvtps_pd(_mm256_castsi256_ps(_mm256_slli_epi32(bits, 16)));
+}
+
+/* What evomerge_gram does with `steps` for two bfloat16 vectors, as far as whole sets of 8 go; returns how far. */
+INLINE int64_t gram_of_two(const uint16_t *restrict x, const uint16_t *restrict y, int64_t n, int64_t lane,
+                           int64_t lanes, double *restrict sums) {
+    int64_t start = 0;
+    while (n - start >= 8 && lanes - lane >= 8) {
+        int64_t m = n - start < lanes - lane ? n - start : lanes - lane;
+        double *xx = sums + lane, *xd = xx + lanes, *dd = xd + lanes;
+        m -= m % 8;
+        for (int64_t i = 0; i < m; i += 8) {
+            __m512d a = double_of(x + start + i), d = _mm512_sub_pd(double_of(y + start + i), a);
+            _mm512_storeu_pd(xx + i, _mm512_add_pd(_mm512_loadu_pd(xx + i), _mm512_mul_pd(a, a)));
+            _mm512_storeu_pd(xd + i, _mm512_add_pd(_mm512_loadu_pd(xd + i), _mm512_mul_pd(a, d)));
+            _mm512_storeu_pd(dd + i, _mm512_add_pd(_mm512_loadu_pd(dd + i), _mm512_mul_pd(d, d)));
+        }
+        start += m;
+        lane = (lane + m) % lanes;
+    }
+    return start;
+}
+#endif
+
 /* Adds the products of vectors to lanes: element i of the chunk belongs to lane (lane + i) mod lanes.
  * `origin` is subtracted from all vectors (or is NULL), in float64; with `steps` vector 0 is subtracted from the
  * others. sums is (pairs, lanes), pairs (i, j) with i <= j in row order.
@@ -378,7 +406,14 @@ void evomerge_gram(const operand *vectors, int32_t count, const operand *origin,
     enum { STEP = 256, MOST = 16 };
     static __thread double rows[MOST][STEP];
     float x[STEP], base[STEP];
-    for (int64_t start = 0; start < n;) {
+    int64_t start = 0;
+#ifdef __AVX512F__
+    if (count == 2 && steps && !origin && vectors[0].dtype == BF16 && vectors[1].dtype == BF16) {
+        start = gram_of_two(vectors[0].data, vectors[1].data, n, lane, lanes, sums);
+        lane = (lane + start) % lanes;
+    }
+#endif
+    while (start < n) {
         int64_t m = n - start < STEP ? n - start : STEP;
         if (m > lanes - lane) m = lanes - lane;
         if (origin) widen(origin->data, origin->dtype, start, m, base);
@@ -426,54 +461,114 @@ void evomerge_absolute(const operand *vector, const operand *base, uint32_t firs
     }
 }
 
-/* Adds to counts, (2, GUESSES), how many |x - base| are above each of some values, and how many are equal to it. */
-void evomerge_ranks(const operand *vector, const operand *base, int64_t n, const float *values, int64_t *counts) {
-    float x[BLOCK], origin[BLOCK];
+/* Where one order statistic is looked for: low <= middle <= high, none negative. */
+typedef struct {
+    float low, middle, high;
+    int64_t above, at_high, at_middle, at_low; /* how many are larger than high, and equal to each of the three */
+    float *inside;                             /* those between low and high, without those equal to middle */
+    int64_t room, found;                       /* of `inside`, which has space for 16 more than `room` */
+} bracket;
+
+/* Files m numbers |x - origin| under a bracket; 16 are read at a time, what is behind the last one must be NaN. */
+INLINE void file(float *restrict x, const float *restrict origin, int64_t m, bracket *restrict b) {
+    float low = b->low, middle = b->middle, high = b->high;
+    float *restrict inside = b->inside + b->found;
+    int64_t found = 0;
+#ifdef __AVX512F__
+    __m512 lowest = _mm512_set1_ps(low), center = _mm512_set1_ps(middle), highest = _mm512_set1_ps(high);
+    __m512i one = _mm512_set1_epi32(1), counts[4] = {_mm512_setzero_si512()};
+    for (int k = 1; k < 4; k++) counts[k] = counts[0];
+    for (int64_t i = 0; i < m; i += 16) {
+        __m512 value = _mm512_abs_ps(_mm512_sub_ps(_mm512_loadu_ps(x + i), _mm512_loadu_ps(origin + i)));
+        __mmask16 between = _mm512_cmp_ps_mask(value, lowest, _CMP_GT_OQ);
+        between = _mm512_mask_cmp_ps_mask(between, value, highest, _CMP_LT_OQ);
+        between = _mm512_mask_cmp_ps_mask(between, value, center, _CMP_NEQ_UQ);
+        /* No branch: whether some are between can hardly be predicted. */
+        _mm512_storeu_ps(inside + found, _mm512_maskz_compress_ps(between, value));
+        found += __builtin_popcount(between);
+        counts[0] = _mm512_mask_add_epi32(counts[0], _mm512_cmp_ps_mask(value, highest, _CMP_GT_OQ), counts[0], one);
+        counts[1] = _mm512_mask_add_epi32(counts[1], _mm512_cmp_ps_mask(value, highest, _CMP_EQ_OQ), counts[1], one);
+        counts[2] = _mm512_mask_add_epi32(counts[2], _mm512_cmp_ps_mask(value, center, _CMP_EQ_OQ), counts[2], one);
+        counts[3] = _mm512_mask_add_epi32(counts[3], _mm512_cmp_ps_mask(value, lowest, _CMP_EQ_OQ), counts[3], one);
+    }
+    int64_t above = _mm512_reduce_add_epi32(counts[0]), at_high = _mm512_reduce_add_epi32(counts[1]);
+    int64_t at_middle = _mm512_reduce_add_epi32(counts[2]), at_low = _mm512_reduce_add_epi32(counts[3]);
+#else
+    int32_t above = 0, at_high = 0, at_middle = 0, at_low = 0;
+    for (int64_t i = 0; i < m; i++) x[i] = fabsf(x[i] - origin[i]);
+    for (int64_t i = 0; i < m; i++) {
+        above += x[i] > high;
+        at_high += x[i] == high;
+        at_middle += x[i] == middle;
+        at_low += x[i] == low;
+    }
+    for (int64_t i = 0; i < m; i += 16) {
+        int32_t any = 0;
+        for (int64_t j = i; j < i + 16; j++) any |= (x[j] > low) & (x[j] < high) & (x[j] != middle);
+        if (!any) continue;
+        for (int64_t j = i; j < i + 16; j++) {
+            inside[found] = x[j];
+            found += (x[j] > low) & (x[j] < high) & (x[j] != middle);
+        }
+    }
+#endif
+    b->above += above;
+    b->at_high += at_high;
+    b->at_middle += at_middle;
+    b->at_low += at_low;
+    b->found += found;
+}
+
+/* Files |x_k - base| under a bracket for each vector; `found` becomes -1 if there is no room for what is inside. */
+void evomerge_brackets(const operand *base, const operand *vectors, bracket *brackets, int32_t count, int64_t n) {
+    float x[BLOCK + 16], origin[BLOCK + 16] = {0};
     for (int64_t start = 0; start < n; start += BLOCK) {
         int64_t m = n - start < BLOCK ? n - start : BLOCK;
-        widen(vector->data, vector->dtype, start, m, x);
         widen(base->data, base->dtype, start, m, origin);
-        for (int64_t i = 0; i < m; i++) x[i] = fabsf(x[i] - origin[i]);
-        for (int g = 0; g < GUESSES; g++) {
-            float value = values[g];
-            int32_t above = 0, equal = 0;
-            for (int64_t i = 0; i < m; i++) {
-                above += x[i] > value;
-                equal += x[i] == value;
-            }
-            counts[g] += above;
-            counts[GUESSES + g] += equal;
+        for (int32_t k = 0; k < count; k++) {
+            if (brackets[k].found + m > brackets[k].room) brackets[k].found = -1;
+            if (brackets[k].found < 0) continue;
+            widen(vectors[k].data, vectors[k].dtype, start, m, x);
+            for (int64_t i = m; i < m + 16; i++) x[i] = NAN;
+            file(x, origin, m, &brackets[k]);
         }
     }
 }
 
-/* Counts |x - base| > high, and collects those in [low, high], at most `room` of them (`inside` has space for one
- * more). Returns how many were collected; more than `room` means that the room was too small.
+/* Returns entry `at` of n > 0 numbers in ascending order, from 0 on. They lie in [low, high], are not negative, and
+ * are overwritten. Radix selection by 12 bits at a time of what distinguishes low from high.
  */
-int64_t evomerge_bracket(const operand *vector, const operand *base, int64_t n, float low, float high, int64_t room,
-                         float *restrict inside, int64_t *restrict larger) {
-    float x[BLOCK], origin[BLOCK];
-    int64_t found = 0;
-    for (int64_t start = 0; start < n; start += BLOCK) {
-        int64_t m = n - start < BLOCK ? n - start : BLOCK;
-        widen(vector->data, vector->dtype, start, m, x);
-        widen(base->data, base->dtype, start, m, origin);
-        for (int64_t i = 0; i < m; i++) x[i] = fabsf(x[i] - origin[i]);
-        int32_t above = 0;
-        for (int64_t i = 0; i < m; i++) above += x[i] > high;
-        *larger += above;
-        if (found + m > room) return room + 1;
-        for (int64_t i = 0; i < m; i += 16) {
-            int64_t end = i + 16 < m ? i + 16 : m;
-            int32_t any = 0;
-            for (int64_t j = i; j < end; j++) any |= (x[j] >= low) & (x[j] <= high);
-            if (!any) continue;
-            for (int64_t j = i; j < end; j++) {
-                inside[found] = x[j];
-                found += (x[j] >= low) & (x[j] <= high);
-            }
+float evomerge_nth(uint32_t *restrict x, int64_t n, int64_t at, float low, float high) {
+    static __thread uint32_t counts[2][1 << 12];
+    uint32_t first, last;
+    memcpy(&first, &low, 4);
+    memcpy(&last, &high, 4);
+    for (;;) {
+        uint32_t span = last - first, bin = 0;
+        int shift = 0;
+        while (span >> shift >= 1 << 12) shift++;
+        memset(counts, 0, sizeof counts);
+        int64_t i = 0;
+        /* Two tables: equal neighbours do not wait for each other. */
+        for (; i + 1 < n; i += 2) {
+            counts[0][(x[i] - first) >> shift]++;
+            counts[1][(x[i + 1] - first) >> shift]++;
         }
+        if (i < n) counts[0][(x[i] - first) >> shift]++;
+        for (; at >= (int64_t)counts[0][bin] + counts[1][bin]; bin++) at -= (int64_t)counts[0][bin] + counts[1][bin];
+        first += bin << shift;
+        if (shift == 0) break;
+        last = first + ((1u << shift) - 1);
+        int64_t kept = 0;
+        for (int64_t j = 0; j < n; j++) {
+            uint32_t value = x[j];
+            x[kept] = value;
+            kept += (value >= first) & (value <= last);
+        }
+        n = kept;
     }
+    float found;
+    memcpy(&found, &first, 4);
     return found;
 }
 
