@@ -469,6 +469,17 @@ class Workers(Frozen):
     address: str | None = None
 
 
+class Cache(Frozen):
+    """What runs share.
+
+    Attributes:
+        scores: whether scores are kept for other runs and taken from them: true (in the user's cache folder),
+            false, or a folder.
+    """
+
+    scores: bool | Annotated[str, Field(min_length=1)] = True
+
+
 class Config(Frozen):
     """A complete search."""
 
@@ -483,6 +494,7 @@ class Config(Frozen):
     engine: Engine = Engine()
     output: OutputConfig = OutputConfig()
     workers: Workers = Workers()
+    cache: Cache = Cache()
     seed: Annotated[Whole, Field(ge=0)] = 0
 
     @field_validator("name")
@@ -595,4 +607,8 @@ def _absolute(config: Config, folder: Path) -> Config:
     space = config.space
     if space.data is not None:
         space = space.model_copy(update={"data": space.data.placed(folder)})
-    return config.model_copy(update={"models": models, "space": space, "suite": suite, "output": output})
+    cache = config.cache
+    if isinstance(cache.scores, str):
+        cache = Cache(scores=str((folder / expand_home(cache.scores)).resolve()))
+    changed = {"models": models, "space": space, "suite": suite, "output": output, "cache": cache}
+    return config.model_copy(update=changed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Any
 from evomerge.config import Config, load_config
 from evomerge.environment import prepare
 from evomerge.errors import CandidateFailed, UserError
-from evomerge.evaluation.items import Split
+from evomerge.evaluation.items import ItemScore, Split
 from evomerge.mergekit import Reading, open_recipe
 from evomerge.recipe import Merge, Output, Recipe, Source
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -92,8 +95,10 @@ def evaluate(
     with reading.in_file():
         checkpoints = open_parents(recipe)
     from evomerge.engines import open_host
+    from evomerge.evaluation.score_cache import ScoreCache, scores_folder
     from evomerge.evaluation.statistics import score
     from evomerge.evaluation.suite import Suite
+    from evomerge.merging.identity import Identities
     from evomerge.searching.ranking import values_of
     from evomerge.searching.results import score_dict
     from evomerge.searching.setup import decide_chat_template, decide_engine
@@ -115,11 +120,19 @@ def evaluate(
     )
     try:
         engine = open_host(config.engine, checkpoints, tokenizer).hold(recipe)
-        blocks = built.blocks(split, seed=config.seed, block_items=10**9, packing=engine.packing)
-        table: dict[str, dict[str, Any]] = {}
-        for block in blocks:
-            for item in built.score(engine, block, check_degenerate=False):
-                table.setdefault(item.task, {})[item.item] = item
+        parts = [part for block in built.fixed_blocks(split, packing=engine.packing) for part in block.parts]
+        cache = ScoreCache(scores_folder(config.cache.scores), engine.fingerprint, log.warning)
+        identity = Identities(checkpoints).of(recipe)
+        known = cache.known(identity, parts)
+        table: dict[str, dict[str, ItemScore]] = {}
+        for part in parts:
+            if part.hash not in known:
+                known[part.hash] = built.score_part(engine, part)
+                cache.add(identity, [(part, known[part.hash])])
+            outcome = known[part.hash]
+            if outcome.failure is not None:
+                raise CandidateFailed(outcome.failure)
+            table.setdefault(part.task, {}).update({item.item: item for item in outcome.scores})
     except CandidateFailed as reason:
         raise UserError(f"{label}: cannot be scored: {reason}") from None
     raw = all(task.higher_is_better for task in built.tasks)

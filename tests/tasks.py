@@ -76,6 +76,7 @@ def make_config(
             "items_per_candidate": 16,
         },
         "workers": {"type": "local"},
+        "cache": {"scores": False},
         "seed": 3,
         **changes,
     }

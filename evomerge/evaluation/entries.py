@@ -63,7 +63,7 @@ class Scorer(Protocol):
         """Return (raw, value in [0, 1]) of each reply.
 
         Args:
-            replies: all those of one block.
+            replies: all those of one part.
             engine: for scorers that ask by themselves.
 
         Raises:
@@ -111,7 +111,7 @@ class Questions:
 
 
 def ask_of(entries: Iterable[Entry]) -> Questions:
-    """Collect what a block of entries asks: all tasks' requests of one kind go to the engine together."""
+    """Collect what a part's entries ask: requests of one kind go to the engine together."""
     entries = tuple(entries)
     asked: dict[type, tuple[Request, ...]] = {
         kind: tuple(request for entry in entries for request in entry.requests if isinstance(request, kind))

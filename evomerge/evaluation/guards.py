@@ -49,16 +49,25 @@ def all_the_same(answers: Answers) -> bool | None:
     return all(answer == answers.given[0] for answer in answers.given)
 
 
-def check_answers(tasks: dict[str, Answers]) -> None:
-    """Fail the candidate if no task of the block that can be judged has answers that depend on the item.
+def constant_of(answers: Answers) -> str | None:
+    """Return the answer if all are the same, ``""`` if they depend on the items, None if that cannot be judged."""
+    verdict = all_the_same(answers)
+    if not verdict:
+        return None if verdict is None else ""
+    first = answers.given[0]
+    return f"choice {first}" if answers.choices is not None else f"{first!r:.60}"
+
+
+def check_constants(tasks: Iterable[tuple[str, str | None, int]]) -> None:
+    """Fail the candidate if no task of a block that can be judged has answers that depend on the item.
 
     One task alone that a model has not learnt (it always says the same) is a low score, not a failure,
     as long as another task shows that the model reads its input.
+
+    Args:
+        tasks: name, answer as `constant_of` tells it, and number of items of each.
     """
-    verdicts = {name: all_the_same(answers) for name, answers in tasks.items()}
-    judged = [verdict for verdict in verdicts.values() if verdict is not None]
-    if judged and all(judged):
-        name = next(name for name, verdict in verdicts.items() if verdict)
-        given = tasks[name].given
-        shown = f"choice {given[0]}" if tasks[name].choices is not None else f"{given[0]!r:.60}"
-        raise CandidateFailed(f"degenerate answers: task '{name}' has {shown} for each of {len(given)} items")
+    judged = [(name, constant, count) for name, constant, count in tasks if constant is not None]
+    if judged and all(constant for _, constant, _ in judged):
+        name, constant, count = judged[0]
+        raise CandidateFailed(f"degenerate answers: task '{name}' has {constant} for each of {count} items")

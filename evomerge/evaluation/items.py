@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 Split = Literal["search", "validation", "test"]
@@ -30,25 +31,50 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Block:
-    """A fixed subset of one split, with a frozen batch packing.
+class Part:
+    """A task's share of a block: the unit of asking an engine, and of remembering what it scored.
+
+    A part's batches hold nothing else, so that what its items score depends on recipe, part and engine alone.
 
     Attributes:
-        split: where the items come from.
-        index: number of the block within its split.
+        task: name of the suite's task.
         items: item ids, in the order of scoring.
         packing: name and version of the packing, with its token budget: what else fixes the batches.
     """
 
-    split: Split
-    index: int
+    task: str
     items: tuple[str, ...]
     packing: str
 
-    @property
+    @cached_property
     def hash(self) -> str:
-        """sha256 over items and packing."""
-        text = json.dumps([self.split, list(self.items), self.packing])
+        """sha256 over items and packing; the task's name does not matter, what it asks is in the items' ids."""
+        return hashlib.sha256(json.dumps([self.items, self.packing]).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fixed subset of one split, in parts of one task each.
+
+    Attributes:
+        split: where the items come from.
+        index: number of the block within its split.
+        parts: at most one of each task, in the suite's order.
+    """
+
+    split: Split
+    index: int
+    parts: tuple[Part, ...]
+
+    @property
+    def items(self) -> tuple[str, ...]:
+        """Ids of all its items, in the order of scoring."""
+        return tuple(item for part in self.parts for item in part.items)
+
+    @cached_property
+    def hash(self) -> str:
+        """sha256 over split and parts."""
+        text = json.dumps([self.split, [part.hash for part in self.parts]])
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -75,3 +101,19 @@ def truncated_share(scores: Iterable[ItemScore]) -> float | None:
     """Return the share of the generated answers that were cut at their token limit; None if none were generated."""
     known = [score.truncated for score in scores if score.truncated is not None]
     return sum(known) / len(known) if known else None
+
+
+@dataclass(frozen=True)
+class PartOutcome:
+    """What a part's items earned a recipe.
+
+    Attributes:
+        scores: one per item, in the part's order; empty if the recipe failed.
+        constant: the answer where all items got the same, ``""`` where answers depend on the item, None where
+            that cannot be judged (see `guards`).
+        failure: why the recipe cannot be scored (non-finite weights or logits), or None.
+    """
+
+    scores: tuple[ItemScore, ...] = ()
+    constant: str | None = None
+    failure: str | None = None

@@ -11,13 +11,13 @@ from typing import Any
 
 from evomerge.config import AnyTaskSpec, Splits, TaskSpec, TextSpec
 from evomerge.config import Suite as SuiteConfig
-from evomerge.errors import UserError, at, nearest
-from evomerge.evaluation.blocks import cut_blocks
+from evomerge.errors import CandidateFailed, UserError, at, nearest
+from evomerge.evaluation.blocks import cut_blocks, fixed_blocks, put_together
 from evomerge.evaluation.chat import PromptStyle, prompt_style
 from evomerge.evaluation.entries import Entry, Questions, Task, answer, ask_of, given_by, score_all
-from evomerge.evaluation.guards import check_answers
+from evomerge.evaluation.guards import constant_of
 from evomerge.evaluation.harness import HarnessTask
-from evomerge.evaluation.items import SPLITS, Block, Item, ItemScore, Split
+from evomerge.evaluation.items import SPLITS, Block, Item, ItemScore, Part, PartOutcome, Split
 from evomerge.evaluation.library import Library, specs_of
 from evomerge.evaluation.own import PythonTask, check_python
 from evomerge.evaluation.preview import Preview
@@ -64,7 +64,8 @@ class Suite:
         self._entries = {
             split: {entry.item.id: entry for entry in ordered} for split, ordered in entries.items()
         }
-        self._questions: dict[Block, Questions] = {}
+        self._known = {identity: entry for of in self._entries.values() for identity, entry in of.items()}
+        self._questions: dict[str, Questions] = {}
 
     @classmethod
     def build(
@@ -145,10 +146,36 @@ class Suite:
         return hashlib.sha256(ids.encode()).hexdigest()
 
     def blocks(self, split: Split, *, seed: int, block_items: int, packing: str) -> tuple[Block, ...]:
-        """Cut a split into blocks of at most `block_items`; see `cut_blocks`."""
-        items = self.items(split)
-        by_task = {task.name: [item.id for item in items if item.task == task.name] for task in self.tasks}
-        return cut_blocks(by_task, split, seed=seed, block_items=block_items, packing=packing)
+        """Cut a split into blocks of at most `block_items`, to be drawn; see `cut_blocks`."""
+        return cut_blocks(self._by_task(split), split, seed=seed, block_items=block_items, packing=packing)
+
+    def fixed_blocks(self, split: Split, *, packing: str) -> tuple[Block, ...]:
+        """Cut a split that is asked as a whole into blocks; see `evomerge.evaluation.blocks.fixed_blocks`."""
+        return fixed_blocks(self._by_task(split), split, packing=packing)
+
+    def score_part(self, engine: Engine, part: Part) -> PartOutcome:
+        """Score a part's items with the weights that the engine holds now.
+
+        A candidate that cannot be scored (a logit, log-probability or metric is not finite) is an outcome too.
+
+        Args:
+            engine: answers the requests.
+            part: of this suite's items.
+        """
+        questions = self._asked(part)
+        try:
+            replies = answer(engine, questions)
+            given = given_by(questions, replies).values()
+            scores = score_all(engine, questions, replies)
+        except CandidateFailed as reason:
+            return PartOutcome(failure=str(reason))
+        return PartOutcome(
+            scores=tuple(
+                ItemScore(reply.entry.item.id, reply.entry.item.task, raw, value, reply.truncated)
+                for reply, (raw, value) in zip(replies, scores, strict=True)
+            ),
+            constant=next((constant_of(answers) for answers in given), None),
+        )
 
     def score(self, engine: Engine, block: Block, *, check_degenerate: bool = True) -> tuple[ItemScore, ...]:
         """Score a block's items with the weights that the engine holds now.
@@ -165,24 +192,12 @@ class Suite:
         Raises:
             CandidateFailed: a logit, log-probability or metric is not finite, or answers are degenerate.
         """
-        if block not in self._questions:
-            known = self._of(block.split)
-            missing = [item for item in block.items if item not in known]
-            if missing:
-                raise UserError(
-                    f"{len(missing)} of {len(block.items)} items of {block.split} block {block.index} are not in the "
-                    f"suite: task files or data have changed since the block was cut"
-                )
-            self._questions[block] = ask_of(known[item] for item in block.items)
-        questions = self._questions[block]
-        replies = answer(engine, questions)
-        if check_degenerate:
-            check_answers(given_by(questions, replies))
-        scores = score_all(engine, questions, replies)
-        return tuple(
-            ItemScore(reply.entry.item.id, reply.entry.item.task, raw, value, reply.truncated)
-            for reply, (raw, value) in zip(replies, scores, strict=True)
-        )
+        outcomes: list[PartOutcome] = []
+        for part in block.parts:
+            outcomes.append(self.score_part(engine, part))
+            if outcomes[-1].failure is not None:
+                break
+        return put_together(block, outcomes, check_degenerate=check_degenerate)
 
     def preview(self, engine: Engine, item: Item | str) -> Preview:
         """Ask one item, given by itself or by its id, and show prompt, answer and what was made of it.
@@ -194,6 +209,22 @@ class Suite:
         (reply,) = answer(engine, ask_of([entry]))
         return entry.scorer.preview(reply, engine)
 
+    def _by_task(self, split: Split) -> dict[str, list[str]]:
+        items = self.items(split)
+        return {task.name: [item.id for item in items if item.task == task.name] for task in self.tasks}
+
+    def _asked(self, part: Part) -> Questions:
+        if part.hash not in self._questions:
+            known = self._known
+            missing = [item for item in part.items if item not in known]
+            if missing:
+                raise UserError(
+                    f"{len(missing)} of {len(part.items)} items of a part of task '{part.task}' are not in the suite: "
+                    f"task files or data have changed since the block was cut"
+                )
+            self._questions[part.hash] = ask_of(known[item] for item in part.items)
+        return self._questions[part.hash]
+
     def _of(self, split: Split) -> dict[str, Entry]:
         if split not in self._entries:
             raise ValueError(f"the suite was built without its {split} items (splits_needed)")
@@ -201,10 +232,9 @@ class Suite:
 
     def _find(self, item: Item | str) -> Entry:
         identity = item if isinstance(item, str) else item.id
-        for entries in self._entries.values():
-            if identity in entries:
-                return entries[identity]
-        raise ValueError(f"the suite has no item {identity}")
+        if identity not in self._known:
+            raise ValueError(f"the suite has no item {identity}")
+        return self._known[identity]
 
 
 def _tasks_of(

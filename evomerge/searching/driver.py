@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from evomerge.config import Budget
 from evomerge.errors import EvomergeError, UserError
+from evomerge.evaluation.score_cache import ScoreCache, scores_folder
+from evomerge.merging.identity import Identities
 from evomerge.optimizers import make_optimizer
 from evomerge.searching import selection
 from evomerge.searching.agreement import record_fingerprint, record_setup
@@ -89,10 +91,19 @@ class Driver:
             record_fingerprint(self._store, fingerprint, self._folder)
             reporter = self._reporter
             scheduler = Scheduler(
-                self._store, self._executor, fingerprint, reporter.on_event, reporter.on_progress
+                self._store,
+                self._executor,
+                fingerprint,
+                reporter.on_event,
+                reporter.on_progress,
+                cache=ScoreCache(scores_folder(self._setup.config.cache.scores), fingerprint, reporter.say),
+                identity=Identities(self._setup.checkpoints).of,
             )
             self._preview()
-            reporter.start_clock(item_evaluations=self._store.counts()["item_evaluations"])
+            counts = self._store.counts()
+            reporter.start_clock(
+                item_evaluations=counts["item_evaluations"], cached=counts["cached_item_evaluations"]
+            )
             generations = Generations(
                 self._folder, self._store, self._setup, self._optimizer, scheduler, reporter
             )

@@ -39,7 +39,8 @@ class Status:
         median, best: fitness in the last complete generation.
         incumbent: shrunk fitness of the best candidate so far.
         item_evaluations: items scored in all.
-        rate: items per second since the driver started.
+        cached_item_evaluations: of these, how many an earlier run had scored.
+        rate: items asked per second since the driver started.
         eta_seconds: until the run ends, selection included, at the present rate; None if that cannot be told.
         workers: how many there are.
         phase_done, phase_total: items of the present generation, or step of the selection: answered, in all.
@@ -55,6 +56,7 @@ class Status:
     best: float | None = None
     incumbent: float | None = None
     item_evaluations: int = 0
+    cached_item_evaluations: int = 0
     rate: float = 0.0
     eta_seconds: float | None = None
     workers: int = 0

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.searching.progress import Clock, Display, State, Status, StatusWriter
-from evomerge.workers.work import Result
+from evomerge.searching.scheduler import Recorded
 
 
 class Reporter:
@@ -31,10 +31,12 @@ class Reporter:
         self._clock = Clock(0)
         self._items_after: int | None = None
 
-    def start_clock(self, *, item_evaluations: int) -> None:
+    def start_clock(self, *, item_evaluations: int, cached: int) -> None:
         """Measure rates from here on, given what earlier drivers did."""
-        self._clock = Clock(item_evaluations)
-        self._status = replace(self._status, item_evaluations=item_evaluations)
+        self._clock = Clock(item_evaluations - cached)
+        self._status = replace(
+            self._status, item_evaluations=item_evaluations, cached_item_evaluations=cached
+        )
 
     def enter(self, state: State, phase: str, *, items_after: int | None, **changes: Any) -> None:
         """Show that a phase begins.
@@ -51,7 +53,8 @@ class Reporter:
         """Change fields of the status and show it."""
         status = replace(self._status, **changes, workers=self._workers())
         busy = status.state in ("running", "selecting")
-        rate = self._clock.rate(status.item_evaluations) if busy else 0.0
+        asked = status.item_evaluations - status.cached_item_evaluations
+        rate = self._clock.rate(asked) if busy else 0.0
         known = busy and rate > 0 and self._items_after is not None and status.phase_total > 0
         left = status.phase_total - status.phase_done + (self._items_after or 0)
         self._status = status = replace(status, rate=rate, eta_seconds=left / rate if known else None)
@@ -63,10 +66,13 @@ class Reporter:
         """Note how many items of the present phase are answered; for `Scheduler`."""
         self._status = replace(self._status, phase_done=done, phase_total=total)
 
-    def on_event(self, result: Result | None) -> None:
-        """Count what a result brought; for `Scheduler`."""
-        scored = sum(len(outcome.scores) for outcome in result.outcomes) if result is not None else 0
-        self.show(item_evaluations=self._status.item_evaluations + scored)
+    def on_event(self, recorded: Recorded | None) -> None:
+        """Count what was recorded; for `Scheduler`."""
+        new = recorded or Recorded(0)
+        self.show(
+            item_evaluations=self._status.item_evaluations + new.items,
+            cached_item_evaluations=self._status.cached_item_evaluations + new.cached,
+        )
 
     def say(self, text: str) -> None:
         """Show a sentence that stays."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
-from evomerge.errors import InfrastructureError
-from evomerge.evaluation.items import Block, ItemScore
+from evomerge.errors import CandidateFailed, InfrastructureError
+from evomerge.evaluation.blocks import put_together
+from evomerge.evaluation.items import Block, ItemScore, PartOutcome
+from evomerge.evaluation.score_cache import ScoreCache
 from evomerge.recipe import Recipe
 from evomerge.searching.store import Store
 from evomerge.workers.executor import Executor
-from evomerge.workers.work import Result, Work, WorkerLost
+from evomerge.workers.work import Outcome, Result, Work, WorkerLost
 
 MAX_ATTEMPTS = 4
 """How often a request is tried before the run stops, resumable."""
@@ -17,8 +20,23 @@ MAX_ATTEMPTS = 4
 POLL_SECONDS = 0.25
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """What a new entry of the store brought.
+
+    Attributes:
+        items: that were scored.
+        cached: how many of them an earlier run had scored.
+    """
+
+    items: int
+    cached: int = 0
+
+
 class Scheduler:
-    """Asks the executor for what the store does not know yet, and records every answer as it comes.
+    """Asks for what the store does not know yet, and records every answer as it comes.
+
+    What an earlier run has scored is taken from the cache; the executor gets the rest.
 
     Args:
         store: the run's database.
@@ -27,6 +45,8 @@ class Scheduler:
         on_event: called after each recorded result and at least every `POLL_SECONDS` while waiting.
         on_progress: called with (items answered, items in all) of a table before its first request, and before
             each `on_event` that brings a result.
+        cache: what earlier runs have scored with this engine; none by default.
+        identity: names a recipe in the cache; its hash by default.
     """
 
     def __init__(
@@ -34,14 +54,19 @@ class Scheduler:
         store: Store,
         executor: Executor,
         fingerprint: str,
-        on_event: Callable[[Result | None], None] = lambda _: None,
+        on_event: Callable[[Recorded | None], None] = lambda _: None,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
+        *,
+        cache: ScoreCache | None = None,
+        identity: Callable[[Recipe], str] = lambda recipe: recipe.hash,
     ) -> None:
         self._store = store
         self._executor = executor
         self._fingerprint = fingerprint
         self._on_event = on_event
         self._on_progress = on_progress
+        self._cache = cache or ScoreCache(None, fingerprint)
+        self._identity = identity
 
     def complete(self, recipes: Sequence[Recipe], blocks: Sequence[Block]) -> None:
         """Return when every recipe has an outcome on every block.
@@ -50,29 +75,35 @@ class Scheduler:
             InfrastructureError: a request was lost `MAX_ATTEMPTS` times. The other requests are waited for and
                 recorded first, unless one of them is lost too.
         """
-        waiting: dict[str, Work] = {}
         unique = {recipe.hash: recipe for recipe in recipes}.values()
+        total = len(unique) * sum(len(block.items) for block in blocks)
+        missing: list[tuple[Recipe, Block]] = []
         for recipe in unique:
             known = self._store.results(recipe.hash)
-            for block in blocks:
-                if block.hash not in known:
-                    work = Work(id=f"{recipe.hash[:16]}-{block.hash[:16]}", recipes=(recipe,), block=block)
-                    waiting[work.id] = work
-        total = len(unique) * sum(len(block.items) for block in blocks)
-        done = total - sum(len(work.block.items) for work in waiting.values())
+            missing += [(recipe, block) for block in blocks if block.hash not in known]
+        done = total - sum(len(block.items) for _, block in missing)
         self._on_progress(done, total)
-        for work in waiting.values():
-            self._executor.submit(work)
+        waiting: dict[str, _Request] = {}
+        for request in self._requests(missing):
+            if request.wanted:
+                waiting[request.work.id] = request
+                continue
+            recorded = self._record(request, (), "cache")
+            done += len(request.work.block.items)
+            self._on_progress(done, total)
+            self._on_event(recorded)
+        for request in waiting.values():
+            self._executor.submit(request.work)
         attempts: dict[str, int] = {}
         given_up: WorkerLost | None = None
         while waiting:
             event = self._executor.next_event(POLL_SECONDS)
             if isinstance(event, Result) and event.work in waiting:
-                work = waiting.pop(event.work)
-                self._record(event, work)
-                done += len(work.block.items)
+                request = waiting.pop(event.work)
+                recorded = self._take(event, request)
+                done += len(request.work.block.items)
                 self._on_progress(done, total)
-                self._on_event(event)
+                self._on_event(recorded)
                 continue
             if isinstance(event, WorkerLost):
                 self._record_loss(event)
@@ -81,7 +112,7 @@ class Scheduler:
                     if given_up is not None:
                         break
                     if attempts[event.work] < MAX_ATTEMPTS:
-                        self._executor.submit(waiting[event.work])
+                        self._executor.submit(waiting[event.work].work)
                     else:
                         given_up = event
                         del waiting[event.work]
@@ -103,16 +134,101 @@ class Scheduler:
                 table.setdefault(score.task, {})[score.item] = score
         return table
 
-    def _record(self, result: Result, work: Work) -> None:
-        if result.fingerprint != self._fingerprint and any(not o.failure for o in result.outcomes):
+    def _requests(self, missing: Sequence[tuple[Recipe, Block]]) -> Iterator[_Request]:
+        """Yield a request for each recipe and block, without those parts whose outcome is known."""
+        by_recipe: dict[str, tuple[Recipe, list[Block]]] = {}
+        for recipe, block in missing:
+            by_recipe.setdefault(recipe.hash, (recipe, []))[1].append(block)
+        for recipe, blocks in by_recipe.values():
+            identity = self._identity(recipe)
+            known = self._cache.known(identity, (part for block in blocks for part in block.parts))
+            for block in blocks:
+                yield _Request.of(recipe, block, identity, known)
+
+    def _take(self, result: Result, request: _Request) -> Recorded:
+        """Record the answer to a request, and keep it for other runs."""
+        (scored,) = result.outcomes
+        if result.fingerprint != self._fingerprint and any(part.failure is None for part in scored.parts):
             raise InfrastructureError(
                 f"worker {result.worker} scored with another engine fingerprint; its scores cannot be compared"
             )
+        recorded = self._record(
+            request, scored.parts, result.worker, scored.merge_seconds, scored.score_seconds
+        )
+        self._cache.add(request.identity, zip(request.work.wanted, scored.parts, strict=False))
+        return recorded
+
+    def _record(
+        self,
+        request: _Request,
+        new: Sequence[PartOutcome],
+        worker: str,
+        merge_seconds: float = 0.0,
+        score_seconds: float = 0.0,
+    ) -> Recorded:
+        block = request.work.block
+        scores: tuple[ItemScore, ...] = ()
+        failure = None
+        try:
+            scores = put_together(block, request.outcomes(new), check_degenerate=block.split == "search")
+        except CandidateFailed as reason:
+            failure = str(reason)
+        cached = 0 if failure else len(scores) - sum(len(part.scores) for part in new)
+        recipe = request.work.recipes[0].hash
+        outcome = Outcome(recipe, scores, failure, cached, merge_seconds, score_seconds)
         with self._store.transaction():
-            for outcome in result.outcomes:
-                self._store.add_result(outcome, work.block.hash, result.worker)
+            self._store.add_result(outcome, block.hash, worker)
+        return Recorded(len(scores), cached)
 
     def _record_loss(self, lost: WorkerLost) -> None:
         with self._store.transaction():
             self._store.add_attempt(lost.work, lost.worker, lost.reason)
             self._store.event("worker_lost", worker=lost.worker, work=lost.work, reason=lost.reason)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A recipe on a block: what is asked, and what is known without asking.
+
+    Attributes:
+        work: asks for the parts in `wanted`.
+        identity: the recipe's name in the cache.
+        known: outcome of each part of the block that need not be asked, by its number.
+        wanted: numbers of the parts that have to be.
+    """
+
+    work: Work
+    identity: str
+    known: Mapping[int, PartOutcome]
+    wanted: tuple[int, ...]
+
+    @classmethod
+    def of(cls, recipe: Recipe, block: Block, identity: str, outcomes: Mapping[str, PartOutcome]) -> _Request:
+        """Return the request that completes what is known: nothing behind a part that failed is of interest."""
+        known: dict[int, PartOutcome] = {}
+        wanted: list[int] = []
+        for number, part in enumerate(block.parts):
+            outcome = outcomes.get(part.hash)
+            if outcome is None:
+                wanted.append(number)
+                continue
+            known[number] = outcome
+            if outcome.failure is not None:
+                break
+        work = Work(
+            id=f"{recipe.hash[:16]}-{block.hash[:16]}",
+            recipes=(recipe,),
+            block=block,
+            parts=tuple(wanted),
+        )
+        return cls(work, identity, known, tuple(wanted))
+
+    def outcomes(self, new: Sequence[PartOutcome]) -> list[PartOutcome]:
+        """Return the outcomes of the block's parts in order, up to the first one that failed."""
+        by_number = {**self.known, **dict(zip(self.wanted, new, strict=False))}
+        ordered = []
+        for number in range(len(self.work.block.parts)):
+            ordered.append(by_number[number])
+            if ordered[-1].failure is not None:
+                break
+        return ordered

@@ -33,7 +33,7 @@ class Setup:
         sources: base and experts by name, pinned to their content.
         space: genotype ↔ recipe.
         suite: the built tasks.
-        blocks: each split's blocks; validation and test are cut the same way as search.
+        blocks: each split's blocks; validation and test are the same for every seed.
         blocks_per_generation: how many search blocks a generation's candidates answer.
         baselines: base, initial, uniform (absent where undefined) and each expert, by name.
         warnings: sentences for the user.
@@ -286,9 +286,10 @@ def set_up(config: Config, *, file: Path | str, weights: bool = True) -> Setup:
         items_per_candidate=config.suite.items_per_candidate,
     )
     packing = packing_name(config.engine)
-    blocks = {
-        split: suite.blocks(split, seed=config.seed, block_items=per_block, packing=packing)
-        for split in SPLITS
+    blocks: dict[Split, tuple[Block, ...]] = {
+        "search": suite.blocks("search", seed=config.seed, block_items=per_block, packing=packing),
+        "validation": suite.fixed_blocks("validation", packing=packing),
+        "test": suite.fixed_blocks("test", packing=packing),
     }
     per_generation = min(per_generation, len(blocks["search"]))
     baselines = {**baseline_recipes(config, sources), "initial": initial}

@@ -17,14 +17,14 @@ from evomerge.recipe import Recipe
 from evomerge.spaces.genotype import Genotype
 from evomerge.workers.work import Outcome
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 _SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE items (id TEXT PRIMARY KEY, task TEXT NOT NULL, split TEXT NOT NULL, position INTEGER NOT NULL)
   WITHOUT ROWID;
 CREATE TABLE blocks (hash TEXT PRIMARY KEY, split TEXT NOT NULL, position INTEGER NOT NULL,
-  items TEXT NOT NULL, packing TEXT NOT NULL) WITHOUT ROWID;
+  parts TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE recipes (hash TEXT PRIMARY KEY, body TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE generations (generation INTEGER PRIMARY KEY, blocks TEXT NOT NULL,
   told INTEGER NOT NULL DEFAULT 0);
@@ -33,7 +33,7 @@ CREATE TABLE candidates (id INTEGER PRIMARY KEY, generation INTEGER NOT NULL, po
   status TEXT NOT NULL DEFAULT 'asked', fitness REAL, rank REAL, reason TEXT,
   UNIQUE (generation, position));
 CREATE TABLE results (recipe TEXT NOT NULL, block TEXT NOT NULL, failure TEXT, worker TEXT NOT NULL,
-  merge_seconds REAL NOT NULL, score_seconds REAL NOT NULL, recorded REAL NOT NULL,
+  cached INTEGER NOT NULL, merge_seconds REAL NOT NULL, score_seconds REAL NOT NULL, recorded REAL NOT NULL,
   PRIMARY KEY (recipe, block)) WITHOUT ROWID;
 CREATE TABLE scores (recipe TEXT NOT NULL, block TEXT NOT NULL, item TEXT NOT NULL, task TEXT NOT NULL,
   raw REAL NOT NULL, value REAL NOT NULL, truncated INTEGER, PRIMARY KEY (recipe, block, item)) WITHOUT ROWID;
@@ -51,7 +51,7 @@ CREATE TABLE events (id INTEGER PRIMARY KEY, recorded REAL NOT NULL, kind TEXT N
 
 CANONICAL = {
     "items": "id, task, split, position",
-    "blocks": "hash, split, position, items, packing",
+    "blocks": "hash, split, position, parts",
     "recipes": "hash, body",
     "generations": "generation, blocks, told",
     "candidates": "generation, position, genotype, recipe, status, fitness, rank, reason",
@@ -193,8 +193,11 @@ class Store:
                 "INSERT INTO items VALUES (?,?,?,?)", [(i.id, i.task, i.split, i.index) for i in items]
             )
             self._db.executemany(
-                "INSERT INTO blocks VALUES (?,?,?,?,?)",
-                [(b.hash, b.split, b.index, json.dumps(b.items), b.packing) for b in blocks],
+                "INSERT INTO blocks VALUES (?,?,?,?)",
+                [
+                    (b.hash, b.split, b.index, json.dumps([[p.task, p.packing, p.items] for p in b.parts]))
+                    for b in blocks
+                ],
             )
 
     def block_hashes(self) -> set[str]:
@@ -269,12 +272,13 @@ class Store:
         """Record one recipe's outcome on one block; the first one recorded stands."""
         with self.transaction():
             added = self._db.execute(
-                "INSERT OR IGNORE INTO results VALUES (?,?,?,?,?,?,?)",
+                "INSERT OR IGNORE INTO results VALUES (?,?,?,?,?,?,?,?)",
                 (
                     outcome.recipe,
                     block,
                     outcome.failure,
                     worker,
+                    outcome.cached,
                     outcome.merge_seconds,
                     outcome.score_seconds,
                     time.time(),
@@ -355,13 +359,23 @@ class Store:
         return int(self._db.execute("SELECT COUNT(*) FROM test_openings").fetchone()[0])
 
     def counts(self) -> Mapping[str, int]:
-        """Return how many candidates were told, failed, and how many items were scored in all."""
+        """Return how many candidates were told and failed, and how many items were scored, in all and from the cache.
+
+        An item that an earlier run had scored counts like any other, so that the number does not depend on what
+        the cache held.
+        """
         row = self._db.execute(
             "SELECT COUNT(*) FILTER (WHERE status != 'asked'), COUNT(*) FILTER (WHERE status = 'failed') "
             "FROM candidates"
         ).fetchone()
         scored = self._db.execute("SELECT COUNT(*) FROM scores").fetchone()[0]
-        return {"candidates": row[0], "failed": row[1], "item_evaluations": scored}
+        cached = self._db.execute("SELECT COALESCE(SUM(cached), 0) FROM results").fetchone()[0]
+        return {
+            "candidates": row[0],
+            "failed": row[1],
+            "item_evaluations": scored,
+            "cached_item_evaluations": cached,
+        }
 
     def canonical(self) -> dict[str, list[tuple[Any, ...]]]:
         """Return the contents that do not depend on times, attempts or hosts."""

@@ -5,41 +5,68 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from evomerge.evaluation.items import Block, ItemScore
+from evomerge.evaluation.items import Block, ItemScore, Part, PartOutcome
 from evomerge.recipe import Recipe
 
 
 @dataclass(frozen=True)
 class Work:
-    """A request: score some recipes on one block.
+    """A request: score some recipes on parts of one block.
 
     Attributes:
         id: unique in the run; a retry keeps it.
         recipes: pinned recipes, to be materialised one after another.
         block: the items.
-        kind: what is wanted of the block.
+        parts: numbers of the block's parts that are wanted, ascending; None: all.
+        kind: what is wanted of them.
     """
 
     id: str
     recipes: tuple[Recipe, ...]
     block: Block
+    parts: tuple[int, ...] | None = None
     kind: Literal["score"] = "score"
+
+    @property
+    def wanted(self) -> tuple[Part, ...]:
+        """The parts that are wanted."""
+        if self.parts is None:
+            return self.block.parts
+        return tuple(self.block.parts[number] for number in self.parts)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One recipe's outcomes on the wanted parts of a block.
+
+    Attributes:
+        recipe: the recipe's hash.
+        parts: in order, up to the first one that failed.
+        merge_seconds, score_seconds: where the time went.
+    """
+
+    recipe: str
+    parts: tuple[PartOutcome, ...]
+    merge_seconds: float = 0.0
+    score_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One recipe's outcome on one block.
+    """One recipe's outcome on one block, as it is recorded.
 
     Attributes:
         recipe: the recipe's hash.
         scores: one per item in the block's order; empty if the candidate failed.
         failure: why the candidate failed (non-finite weights, degenerate answers …), or None.
+        cached: how many of the items were not asked, because an earlier run had asked them.
         merge_seconds, score_seconds: where the time went.
     """
 
     recipe: str
     scores: tuple[ItemScore, ...]
     failure: str | None = None
+    cached: int = 0
     merge_seconds: float = 0.0
     score_seconds: float = 0.0
 
@@ -56,7 +83,7 @@ class Result:
     """
 
     work: str
-    outcomes: tuple[Outcome, ...]
+    outcomes: tuple[Scored, ...]
     fingerprint: str
     worker: str
 

@@ -13,10 +13,10 @@ from evomerge.config import Engine as EngineConfig
 from evomerge.config import Splits, Suite
 from evomerge.environment import prepare
 from evomerge.errors import CandidateFailed, InfrastructureError, UserError
-from evomerge.evaluation.items import SPLITS, Block, Item, ItemScore, Split
+from evomerge.evaluation.items import SPLITS, Item, Part, PartOutcome, Split
 from evomerge.losses import free_memory, loss
 from evomerge.recipe import Recipe, Source
-from evomerge.workers.work import Outcome, Result, Work, WorkerLost
+from evomerge.workers.work import Result, Scored, Work, WorkerLost
 
 if TYPE_CHECKING:
     from evomerge.checkpoints import Checkpoint
@@ -85,14 +85,14 @@ class Worker:
         return os.getpid()
 
     def run(self, work: Work) -> Result | WorkerLost:
-        """Score each recipe of a request on its block.
+        """Score each recipe of a request on the parts that it wants.
 
         Where the engine is lost on the way, it is let go with all that it held, and the next request gets a
         new one.
         """
         bench = self._ready()
         try:
-            outcomes = tuple(_score(bench, recipe, work.block) for recipe in work.recipes)
+            outcomes = tuple(_score(bench, recipe, work.wanted) for recipe in work.recipes)
             return Result(work=work.id, outcomes=outcomes, fingerprint=bench.fingerprint, worker=self.name)
         except Exception as error:
             lost = loss(error)
@@ -181,25 +181,22 @@ def _open(sources: Mapping[str, Source]) -> dict[str, Checkpoint]:
     return opened
 
 
-def _score(bench: _Bench, recipe: Recipe, block: Block) -> Outcome:
-    """Score one recipe on one block.
-
-    Degenerate answers fail a candidate of the search, so that it is not rewarded for them; validation and
-    test report what every model earns.
-    """
+def _score(bench: _Bench, recipe: Recipe, parts: Sequence[Part]) -> Scored:
+    """Score one recipe on some parts, up to the first on which it fails."""
     started = merged = time.perf_counter()
-    scores: tuple[ItemScore, ...] = ()
-    failure = None
+    outcomes: list[PartOutcome] = []
     try:
         engine = bench.hold(recipe)
         merged = time.perf_counter()
-        scores = tuple(bench.suite.score(engine, block, check_degenerate=block.split == "search"))
+        for part in parts:
+            outcomes.append(bench.suite.score_part(engine, part))
+            if outcomes[-1].failure is not None:
+                break
     except CandidateFailed as reason:
-        failure = str(reason)
-    return Outcome(
+        outcomes.append(PartOutcome(failure=str(reason)))
+    return Scored(
         recipe=recipe.hash,
-        scores=scores,
-        failure=failure,
+        parts=tuple(outcomes),
         merge_seconds=merged - started,
         score_seconds=time.perf_counter() - merged,
     )

@@ -16,7 +16,7 @@ import torch
 
 from evomerge.engines.hf import HFEngine
 from evomerge.errors import CandidateFailed, UserError
-from evomerge.evaluation.items import Block, truncated_share
+from evomerge.evaluation.items import Block, Part, truncated_share
 from evomerge.evaluation.requests import Generation, Loglikelihood
 from tests.evaluation.tiny import MEAN, FakeEngine, build, documents, whole, write_task
 
@@ -37,7 +37,7 @@ def test_scores_come_in_the_order_of_the_block(tmp_path: Path) -> None:
     engine = FakeEngine(knows(known))
     first = whole(suite)
     index = {item.id: item.index for item in suite.items("search")}
-    shuffled = Block("search", 1, tuple(random.Random(1).sample(first.items, 12)), first.packing)
+    shuffled = Block("search", 1, (Part("tiny", tuple(random.Random(1).sample(first.items, 12)), "p:1"),))
     for block in (first, shuffled):
         scores = suite.score(engine, block)
         assert tuple(score.item for score in scores) == block.items
@@ -77,7 +77,7 @@ def test_blocks_of_other_data_are_refused(tmp_path: Path) -> None:
     write_task(tmp_path)
     block = whole(build(tmp_path))
     write_task(tmp_path, target_delimiter=": ")
-    with pytest.raises(UserError, match="12 of 12 items of search block 0 are not in the suite"):
+    with pytest.raises(UserError, match="12 of 12 items of a part of task 'tiny' are not in the suite"):
         build(tmp_path).score(FakeEngine(), block)
 
 

@@ -11,6 +11,7 @@ import yaml
 
 from evomerge.config import Splits
 from evomerge.config import Suite as SuiteConfig
+from evomerge.evaluation.items import Block
 from evomerge.evaluation.requests import Generated, Generation, Loglikelihood, Rolling
 from evomerge.evaluation.suite import Suite
 
@@ -144,5 +145,5 @@ class FakeEngine:
 
 def whole(suite: Suite, split: Any = "search") -> Any:
     """Return one block of all items of a split."""
-    (block,) = suite.blocks(split, seed=0, block_items=10**6, packing="fake-v1:64")
-    return block
+    blocks = suite.fixed_blocks(split, packing="fake-v1:64")
+    return Block(split, 0, tuple(part for block in blocks for part in block.parts))

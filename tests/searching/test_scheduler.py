@@ -12,11 +12,11 @@ import pytest
 
 from evomerge.errors import InfrastructureError
 from evomerge.recipe import Recipe
-from evomerge.searching.scheduler import MAX_ATTEMPTS, Scheduler
+from evomerge.searching.scheduler import MAX_ATTEMPTS, Recorded, Scheduler
 from evomerge.searching.store import Store
 from evomerge.workers.executor import Event
 from evomerge.workers.work import Result, Work, WorkerLost
-from tests.searching.records import make_blocks, make_outcome, make_recipe
+from tests.searching.records import make_blocks, make_outcome, make_recipe, make_scored
 
 RECIPES = [make_recipe(i / 7) for i in range(5)]
 BLOCKS = make_blocks(4)
@@ -71,7 +71,7 @@ class FakeExecutor:
         if losses < 0 or self._lost[work.id] < losses:
             self._lost[work.id] += 1
             return WorkerLost(work.id, "killed by the kernel", "w-lost")
-        outcomes = tuple(make_outcome(r, work.block, self._failures.get(r.hash)) for r in work.recipes)
+        outcomes = tuple(make_scored(r, work.wanted, self._failures.get(r.hash)) for r in work.recipes)
         result = Result(work.id, outcomes, self._fingerprint, "w")
         self.extra.extend([result] * (self._repeats - 1))
         return result
@@ -123,19 +123,19 @@ def test_what_is_recorded_does_not_depend_on_the_order_of_arrival(tmp_path: Path
 def test_each_answer_is_recorded_before_it_is_announced(store: Store) -> None:
     seen = []
 
-    def on_event(result: Result | None) -> None:
-        if result is not None:
-            (outcome,) = result.outcomes
-            seen.append(result.work)
+    def on_event(recorded: Recorded | None) -> None:
+        if recorded is not None:
+            assert recorded == Recorded(items=3)
+            seen.append(recorded)
             assert len(store.canonical()["results"]) == len(seen)
-            assert outcome.recipe in {row[0] for row in store.canonical()["results"]}
+            assert store.counts()["item_evaluations"] == 3 * len(seen)
 
     Scheduler(store, FakeExecutor(), "f", on_event).complete(RECIPES, BLOCKS)
-    assert len(set(seen)) == len(seen) == len(RECIPES) * len(BLOCKS)
+    assert len(seen) == len(RECIPES) * len(BLOCKS)
 
 
 def test_waiting_is_announced_too(store: Store) -> None:
-    calls: list[Result | None] = []
+    calls: list[Recorded | None] = []
     Scheduler(store, FakeExecutor(empty=0.7, order=3), "f", calls.append).complete(RECIPES[:1], BLOCKS)
     assert None in calls
 
@@ -217,7 +217,7 @@ def test_a_cluster_that_loses_everything_is_given_up_soon(store: Store) -> None:
 
 def test_old_answers_and_losses_of_other_requests_do_no_harm(store: Store) -> None:
     executor = FakeExecutor()
-    foreign = make_outcome(make_recipe(99.0), BLOCKS[0])
+    foreign = make_scored(make_recipe(99.0), BLOCKS[0].parts)
     executor.extra.extend([WorkerLost("old", "gone", "w")] * (MAX_ATTEMPTS + 1))
     executor.extra.append(Result("old", (foreign,), "f", "w"))
     scheduler = Scheduler(store, executor, "f")

@@ -227,7 +227,14 @@ def test_counts(store: Store) -> None:
     store.add_generation(1, BLOCKS, [((0.5,), make_recipe(9.0))])
     rows = store.candidates(0)
     store.tell(0, [replace(rows[0], status="failed", fitness=None, rank=3.0, reason="nan"), *rows[1:]])
-    expected = {"candidates": POPULATION, "failed": 1, "item_evaluations": POPULATION * 9}
+    recipe = make_recipe(9.0)
+    store.add_result(replace(make_outcome(recipe, BLOCKS[0]), cached=2), BLOCKS[0].hash, "w")
+    expected = {
+        "candidates": POPULATION,
+        "failed": 1,
+        "item_evaluations": POPULATION * 9 + 3,
+        "cached_item_evaluations": 2,
+    }
     assert store.counts() == expected
     assert store.candidates(0)[0].reason == "nan"
 
@@ -321,12 +328,12 @@ def test_a_full_disk_stops_the_run_and_spoils_nothing(store: Store, path: Path) 
 
 
 def test_another_schema_version_is_refused(store: Store, path: Path) -> None:
-    store.set_meta(schema_version=3)
+    store.set_meta(schema_version=9)
     store.close()
     with pytest.raises(UserError) as caught:
         Store(path, create=False)
     assert str(caught.value) == (
-        f"{path}: made by another version of evomerge (schema 3, this one reads 2); "
+        f"{path}: made by another version of evomerge (schema 9, this one reads 3); "
         "resume it with the version that made it"
     )
 
