@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from evomerge.cli.display import progress_bar, stoppable
 from evomerge.cli.parser import Commands, add_json, add_shard_size
-from evomerge.environment import prepare
+from evomerge.environment import imports_uncollected, prepare
 
 if TYPE_CHECKING:
     from evomerge.mergekit import Reading
@@ -91,8 +91,9 @@ def add_commands(commands: Commands) -> None:
 
 
 def _merge(options: argparse.Namespace) -> int:
-    from evomerge.merging import merge
-    from evomerge.statistics.needed import in_lines
+    with imports_uncollected():
+        from evomerge.merging import merge
+        from evomerge.statistics.needed import in_lines
 
     reading = _read_recipe(options.recipe)
     with (
