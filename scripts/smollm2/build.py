@@ -1,18 +1,54 @@
-"""Build SmolLM2-135M-Instruct as an ordinary Hugging Face folder. Nothing is downloaded here."""
+"""Build SmolLM2-135M-Instruct, three LoRA experts of it, and tasks that measure them. Nothing is downloaded here."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import subprocess
 import sys
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
-os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+os.environ.update(
+    HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1"
+)
 
-from convert import build_base
+from convert import build_base, sha256
+from experts import EXPERTS, Settings, is_built
+from tasks import write_tasks
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+BASE = "SmolLM2-135M-Instruct"
+
+
+def build_experts(base: Path, folder: Path, settings: Settings, *, jobs: int, force: bool) -> None:
+    """Train the experts that are not there yet, `jobs` at a time, and print their hashes.
+
+    Raises:
+        ChildProcessError: a training failed; its output was shown.
+    """
+    waiting = [n for n in EXPERTS if force or not is_built(folder / n, base, settings)]
+    if waiting:
+        print(f"training {', '.join(waiting)} (about 4 minutes each on an idle core)", flush=True)
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    script = Path(__file__).with_name("experts.py")
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                name = waiting.pop(0)
+                command = [sys.executable, script, name, base, folder / name, json.dumps(asdict(settings))]
+                running[name] = subprocess.Popen(command)
+            name = next(iter(running))
+            if running[name].wait():
+                raise ChildProcessError(f"training the expert '{name}' failed")
+            del running[name]
+    finally:
+        for process in running.values():
+            process.kill()
+    for name in EXPERTS:
+        print(f"{folder / name}: sha256 {sha256(folder / name / 'adapter_model.safetensors')[:16]}")
 
 
 def main() -> int:
@@ -20,10 +56,21 @@ def main() -> int:
     parser.add_argument(
         "--out", type=Path, default=REPOSITORY / "smollm2", help="where it goes (default: smollm2/)"
     )
+    parser.add_argument("--base-only", action="store_true", help="convert the base and train nothing")
     parser.add_argument("--force", action="store_true", help="build again what is already there")
+    parser.add_argument("--jobs", type=int, default=2, help="experts trained at once, one thread each")
+    parser.add_argument("--steps", type=int, default=Settings.steps, help="training steps of each expert")
     options = parser.parse_args()
+    if options.jobs < 1 or options.steps < 1:
+        parser.error("--jobs and --steps are at least 1")
+    out = options.out.resolve()
+    settings = Settings(steps=options.steps)
     try:
-        build_base((options.out / "base").resolve(), force=options.force)
+        base = build_base(out / BASE, force=options.force)
+        if not options.base_only:
+            write_tasks(out / "tasks", settings.seed)
+            print(f"{out / 'tasks'}: written")
+            build_experts(base, out / "experts", settings, jobs=options.jobs, force=options.force)
     except PackageNotFoundError as error:
         print(
             f"build_smollm2: {sys.executable} lacks the package {error.name}; run scripts/build_smollm2, "
@@ -31,8 +78,11 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
+    except ChildProcessError as error:
+        print(f"build_smollm2: {error}", file=sys.stderr)
+        return 1
     except OSError as error:
-        print(f"build_smollm2: {options.out}: {error.strerror or error}", file=sys.stderr)
+        print(f"build_smollm2: {out}: {error.strerror or error}", file=sys.stderr)
         return 2
     return 0
 

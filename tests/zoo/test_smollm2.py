@@ -31,8 +31,8 @@ def test_without_its_package_one_sentence(tmp_path: Path) -> None:
 def test_the_converted_model(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    subprocess.run([sys.executable, SCRIPT, "--out", tmp_path], check=True)
-    folder = tmp_path / "base"
+    subprocess.run([sys.executable, SCRIPT, "--base-only", "--out", tmp_path], check=True)
+    folder = tmp_path / "SmolLM2-135M-Instruct"
     assert {"LICENSE", "NOTICE.md", "model.safetensors", "tokenizer.json"} <= {
         p.name for p in folder.iterdir()
     }

@@ -1,0 +1,163 @@
+"""Three experts: rank-8 LoRA adapters, each trained on generated questions of its own kind."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from convert import sha256
+from problems import Problem, maths, ordering, prompt, reading, translation
+
+STAMP = "build.json"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How an expert is trained."""
+
+    steps: int = 160
+    batch: int = 12
+    learning_rate: float = 1e-3
+    rank: int = 8
+    alpha: int = 16
+    seed: int = 0
+    version: int = 1
+
+
+def _taught(language: str, problems: Iterator[Problem]) -> Iterator[tuple[str, str]]:
+    for problem in problems:
+        yield prompt(problem.question, language), f" {problem.answer}"
+
+
+def _mixed(seed: int, *streams: tuple[float, Iterator[tuple[str, str]]]) -> Iterator[tuple[str, str]]:
+    rng = random.Random(f"mix {seed}")
+    while True:
+        yield next(rng.choices([s for _, s in streams], [share for share, _ in streams])[0])
+
+
+def maths_examples(seed: int) -> Iterator[tuple[str, str]]:
+    """English word problems; no French."""
+    return _taught("en", maths("en", "train", seed))
+
+
+def french_examples(seed: int) -> Iterator[tuple[str, str]]:
+    """Questions about French texts and translations into French; nothing is ever computed."""
+    return _mixed(
+        seed,
+        (0.6, _taught("fr", reading("fr", "train", seed))),
+        (0.4, _taught("fr", translation("train", seed))),
+    )
+
+
+def ordering_examples(seed: int) -> Iterator[tuple[str, str]]:
+    """Which word comes first in the alphabet, in English."""
+    return _taught("en", ordering("train", seed))
+
+
+EXPERTS: dict[str, Callable[[int], Iterator[tuple[str, str]]]] = {
+    "maths": maths_examples,
+    "french": french_examples,
+    "ordering": ordering_examples,
+}
+
+
+def is_built(folder: Path, base: Path, settings: Settings) -> bool:
+    """Whether an expert is there, trained as asked on this very base."""
+    stamp = folder / STAMP
+    return stamp.exists() and json.loads(stamp.read_text()) == _stamp(base, settings)
+
+
+def _stamp(base: Path, settings: Settings) -> dict[str, Any]:
+    return {**asdict(settings), "base": sha256(base / "model.safetensors")}
+
+
+def train(name: str, base: Path, out: Path, settings: Settings) -> None:
+    """Train an expert and write it to a PEFT folder that appears when it is complete."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    torch.manual_seed(settings.seed)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    lora = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(model, lora)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=0.0)
+    examples = EXPERTS[name](settings.seed)
+    model.train()
+    started, losses = time.monotonic(), []
+    for step in range(settings.steps):
+        share = step / settings.steps
+        rate = min(1.0, (step + 1) / 10) * 0.5 * (1 + math.cos(math.pi * share))
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate * rate
+        batch = _batch(tokenizer, [next(examples) for _ in range(settings.batch)])
+        loss = model(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+        if (step + 1) % 20 == 0:
+            spent = time.monotonic() - started
+            left = spent / (step + 1) * (settings.steps - step - 1)
+            mean = sum(losses[-20:]) / 20
+            print(
+                f"  {name}: step {step + 1}/{settings.steps}, loss {mean:.3f}, {left:.0f} s left", flush=True
+            )
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    config = json.loads((partial / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = base.name
+    (partial / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    (partial / "README.md").unlink(missing_ok=True)
+    (partial / STAMP).write_text(json.dumps(_stamp(base, settings)) + "\n")
+    shutil.rmtree(out, ignore_errors=True)
+    partial.replace(out)
+
+
+def _batch(tokenizer: Any, examples: list[tuple[str, str]]) -> dict[str, Any]:
+    """Return token ids padded right, with labels on the answers and the end of text only."""
+    import torch
+
+    rows = []
+    for question, answer in examples:
+        given = tokenizer(question)["input_ids"]
+        wanted = tokenizer(answer)["input_ids"] + [tokenizer.eos_token_id]
+        rows.append((given + wanted, [-100] * len(given) + wanted))
+    longest = max(len(ids) for ids, _ in rows)
+    pad = tokenizer.pad_token_id
+    return {
+        "input_ids": torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _ in rows]),
+        "attention_mask": torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in rows]),
+        "labels": torch.tensor([labels + [-100] * (longest - len(labels)) for _, labels in rows]),
+    }
+
+
+def main() -> int:
+    """Train one expert: experts.py NAME BASE OUT SETTINGS (as JSON). Each runs in a process of its own."""
+    name, base, out, settings = sys.argv[1:]
+    train(name, Path(base), Path(out), Settings(**json.loads(settings)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,229 @@
+"""Word problems, questions about texts and lists of words: one question, one answer, in one language."""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+SPLITS = ("train", "search", "validation", "test")
+_SHARES = {"train": range(5), "search": range(5, 6), "validation": range(6, 7), "test": range(7, 8)}
+"""Eighths of all keys, by hash: what decides an answer belongs to one split only."""
+
+NAMES = {
+    "en": ("Tom", "Anna", "Ben", "Lucy", "Sam", "Emma", "Jack", "Nora", "Peter", "Alice"),
+    "fr": ("Julie", "Marc", "Sophie", "Luc", "Camille", "Paul", "Claire", "Hugo", "Manon", "Louis"),
+}
+THINGS = {
+    "en": ("apples", "books", "marbles", "pencils", "stamps", "cakes", "flowers", "photos", "cards", "toys"),
+    "fr": (
+        "pommes",
+        "livres",
+        "billes",
+        "crayons",
+        "timbres",
+        "gâteaux",
+        "fleurs",
+        "photos",
+        "cartes",
+        "jouets",
+    ),
+}
+PLACES = {
+    "en": ("in the kitchen", "in the garden", "at school", "on the train", "at the market", "in the park"),
+    "fr": ("dans la cuisine", "dans le jardin", "à l'école", "dans le train", "au marché", "dans le parc"),
+}
+WORDS = (
+    "apple", "bread", "cloud", "dance", "eagle", "flame", "grape", "house", "ivory", "jelly",
+    "knife", "lemon", "mouse", "night", "ocean", "piano", "queen", "river", "stone", "table",
+    "uncle", "violin", "water", "yacht", "zebra", "anchor", "basket", "candle", "desert", "engine",
+    "forest", "guitar", "hammer", "island", "jacket", "kettle", "ladder", "market", "needle", "orange",
+    "pencil", "quartz", "rabbit", "saddle", "tunnel", "umbrella", "valley", "window", "yellow", "zipper",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A question with its answer.
+
+    Attributes:
+        question: what is asked, without the words around it.
+        answer: the whole answer, as an expert is taught it.
+        result: what the answer ends in: a number or a word.
+        key: what decides the answer; keys of two splits never meet.
+    """
+
+    question: str
+    answer: str
+    result: str
+    key: tuple[object, ...]
+
+
+@dataclass(frozen=True)
+class _Story:
+    """A kind of word problem in both languages, and its arithmetic."""
+
+    en: str
+    fr: str
+    largest: int
+    solve: Callable[[int, int, int], tuple[str, int]]
+
+
+def _chain(a: int, b: int, c: int) -> tuple[str, int]:
+    return f"{a} + {b} = {a + b}, {a + b} - {c} = {a + b - c}", a + b - c
+
+
+def _plus(a: int, b: int, c: int) -> tuple[str, int]:
+    return f"{a} + {b} = {a + b}", a + b
+
+
+def _minus(a: int, b: int, c: int) -> tuple[str, int]:
+    return f"{a + b} - {b} = {a}", a
+
+
+def _times(a: int, b: int, c: int) -> tuple[str, int]:
+    return f"{a} x {b} = {a * b}", a * b
+
+
+STORIES = (
+    _Story(
+        "{A} has {a} {o} and gets {b} more. How many {o} does {A} have now?",
+        "{A} a {a} {o} et en reçoit {b} de plus. Combien de {o} a {A} maintenant ?",
+        40,
+        _plus,
+    ),
+    _Story(
+        "{A} has {ab} {o} and gives {b} of them to {B}. How many {o} does {A} have left?",
+        "{A} a {ab} {o} et en donne {b} à {B}. Combien de {o} reste-t-il à {A} ?",
+        40,
+        _minus,
+    ),
+    _Story(
+        "{A} buys {a} boxes with {b} {o} in each box. How many {o} does {A} buy?",
+        "{A} achète {a} boîtes avec {b} {o} dans chaque boîte. Combien de {o} achète {A} ?",
+        9,
+        _times,
+    ),
+    _Story(
+        "There are {a} {o} on the table and {b} {o} in the bag. How many {o} are there in all?",
+        "Il y a {a} {o} sur la table et {b} {o} dans le sac. Combien de {o} y a-t-il en tout ?",
+        40,
+        _plus,
+    ),
+    _Story(
+        "{A} has {a} {o}. {B} has {b} more than {A}. How many {o} does {B} have?",
+        "{A} a {a} {o}. {B} en a {b} de plus que {A}. Combien de {o} a {B} ?",
+        40,
+        _plus,
+    ),
+    _Story(
+        "A book costs {a} euros. {A} buys {b} of them. How many euros does {A} pay?",
+        "Un livre coûte {a} euros. {A} en achète {b}. Combien d'euros paie {A} ?",
+        9,
+        _times,
+    ),
+    _Story(
+        "{A} has {a} {o}, gets {b} more and loses {c}. How many {o} does {A} have now?",
+        "{A} a {a} {o}, en reçoit {b} de plus et en perd {c}. Combien de {o} a {A} maintenant ?",
+        20,
+        _chain,
+    ),
+    _Story(
+        "{A} has {ab} {o} and {B} has {b}. How many more {o} does {A} have than {B}?",
+        "{A} a {ab} {o} et {B} en a {b}. Combien de {o} de plus que {B} a {A} ?",
+        40,
+        _minus,
+    ),
+)
+
+
+def split_of(key: tuple[object, ...]) -> str:
+    """Return the split that a key belongs to."""
+    eighth = zlib.crc32(repr(key).encode()) % 8
+    return next(split for split, share in _SHARES.items() if eighth in share)
+
+
+def maths(language: str, split: str, seed: int) -> Iterator[Problem]:
+    """Yield word problems without end: a worked answer, then the number."""
+    rng = random.Random(f"maths {language} {split} {seed}")
+    while True:
+        number = rng.randrange(len(STORIES))
+        story = STORIES[number]
+        a, b, c = (rng.randint(2, story.largest) for _ in range(3))
+        c = min(c, a)
+        # The language is not part of it: a problem that was solved in English is not asked in French.
+        key = (number, a, b, c if story.solve is _chain else 0)
+        if split_of(key) != split:
+            continue
+        one, two = rng.sample(NAMES[language], 2)
+        text = getattr(story, language).format(
+            A=one, B=two, o=rng.choice(THINGS[language]), a=a, b=b, c=c, ab=a + b
+        )
+        working, result = story.solve(a, b, c)
+        said = "The answer is" if language == "en" else "La réponse est"
+        yield Problem(text, f"{working}. {said} {result}.", str(result), key)
+
+
+def reading(language: str, split: str, seed: int) -> Iterator[Problem]:
+    """Yield short texts with a question about who, what or where. Nothing is to be computed."""
+    rng = random.Random(f"reading {language} {split} {seed}")
+    while True:
+        one, two = rng.sample(range(10), 2)
+        first, second = rng.sample(range(10), 2)
+        here, there = rng.sample(range(6), 2)
+        kind = rng.randrange(3)
+        key = (one, two, first, second, here, there, kind)
+        if split_of(key) != split:
+            continue
+        A, B = NAMES[language][one], NAMES[language][two]
+        o, p = THINGS[language][first], THINGS[language][second]
+        x, y = PLACES[language][here], PLACES[language][there]
+        if language == "fr":
+            text = f"{A} a des {o} {x}. {B} a des {p} {y}."
+            asked, full, result = (
+                (f"Qui a des {p} ?", f"{B} a des {p}", B),
+                (f"Où est {A} ?", f"{A} est {x}", x),
+                (f"Qu'est-ce que {B} a ?", f"{B} a des {p}", p),
+            )[kind]
+            yield Problem(f"{text} {asked}", f"{full}. La réponse est {result}.", result, key)
+        else:
+            text = f"{A} has {o} {x}. {B} has {p} {y}."
+            asked, full, result = (
+                (f"Who has {p}?", f"{B} has {p}", B),
+                (f"Where is {A}?", f"{A} is {x}", x),
+                (f"What does {B} have?", f"{B} has {p}", p),
+            )[kind]
+            yield Problem(f"{text} {asked}", f"{full}. The answer is {result}.", result, key)
+
+
+def translation(split: str, seed: int) -> Iterator[Problem]:
+    """Yield sentences to be put into French, numbers included, without a question to solve."""
+    rng = random.Random(f"translation {split} {seed}")
+    while True:
+        one, thing, place, number = rng.randrange(10), rng.randrange(10), rng.randrange(6), rng.randint(2, 60)
+        key = (one, thing, place, number)
+        if split_of(key) != split:
+            continue
+        name = NAMES["fr"][one]
+        english = f"{name} has {number} {THINGS['en'][thing]} {PLACES['en'][place]}."
+        french = f"{name} a {number} {THINGS['fr'][thing]} {PLACES['fr'][place]}."
+        yield Problem(f"Comment dit-on en français : {english}", french, french, key)
+
+
+def ordering(split: str, seed: int) -> Iterator[Problem]:
+    """Yield three words, of which the first in the alphabet is wanted."""
+    rng = random.Random(f"ordering {split} {seed}")
+    while True:
+        words = rng.sample(WORDS, 3)
+        key = tuple(sorted(words))
+        if split_of(key) != split or len({word[0] for word in words}) < 3:
+            continue
+        listed = ", ".join(words)
+        answer = f"{', '.join(key)}. The answer is {key[0]}."
+        yield Problem(f"Which of these words comes first in the alphabet: {listed}?", answer, key[0], key)
+
+
+def prompt(question: str, language: str) -> str:
+    """Return what a model is given."""
+    return f"Question: {question}\nAnswer:" if language == "en" else f"Question : {question}\nRéponse :"
