@@ -114,7 +114,7 @@ def train(name: str, base: Path, out: Path, settings: Settings) -> None:
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         if (step + 1) % 20 == 0:
             spent = time.monotonic() - started
             left = spent / (step + 1) * (settings.steps - step - 1)

@@ -139,9 +139,10 @@ def test_a_gradient_between_whole_numbers_must_meet_whole_numbers(family: Family
     from evomerge.merging.plan import _check_whole
     from evomerge.methods.registry import Parameter
 
-    _check_whole(Parameter("steps", "shared", "", 1, kind="int"), 3.0, "merges.m")
-    with pytest.raises(UserError, match=r"merges\.m: 2\.5 is not a whole number"):
-        _check_whole(Parameter("steps", "shared", "", 1, kind="int"), 2.5, "merges.m")
+    steps = Parameter("steps", "shared", "", 1, kind="int")
+    _check_whole(steps, 3.0, "tensor 'x': steps", "merges.m")
+    with pytest.raises(UserError, match=r"merges\.m: tensor 'x': steps: 2\.5 is not a whole number"):
+        _check_whole(steps, 2.5, "tensor 'x': steps", "merges.m")
 
 
 def test_methods_with_different_roles_of_the_base_share_a_recipe(family: Family) -> None:
