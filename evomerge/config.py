@@ -437,12 +437,29 @@ class Suite(Frozen):
 
 
 class Engine(Frozen):
-    """How candidates are run. `batch_tokens` is the token budget of one forward pass."""
+    """How candidates are run.
 
-    type: Literal["hf"] = "hf"
+    Attributes:
+        type: transformers in the worker's process, or vLLM.
+        device: where the model is.
+        batch_tokens: token budget of one forward pass.
+        max_length: longest input, in tokens; the model's own length by default.
+        options: of vLLM's engine arguments, those that are not decided by the rest of the config.
+    """
+
+    type: Literal["hf", "vllm"] = "hf"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     batch_tokens: Auto | Positive = "auto"
     max_length: Positive | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _options_of_vllm(self) -> Engine:
+        if self.options and self.type != "vllm":
+            raise ValueError(
+                f"options: {shown(next(iter(self.options)))} is for vLLM; write type: vllm, or leave it out"
+            )
+        return self
 
 
 class OutputConfig(Output):

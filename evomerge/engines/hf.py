@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from evomerge.engines import inputs
 from evomerge.engines.decoding import GrowingText, Stops
 from evomerge.engines.encoding import Encoder
 from evomerge.engines.generation import Decoder, generate_plain, rows_at_once
@@ -19,16 +20,10 @@ from evomerge.engines.packing import VERSION, PromptBatch, ScoreBatch, pack_prom
 from evomerge.engines.prefixes import Prefixes
 from evomerge.engines.scoring import score_all
 from evomerge.engines.trials import try_savings
-from evomerge.errors import UserError
 from evomerge.evaluation.requests import Generated, Generation, Loglikelihood, Rolling
 
 Plan = TypeVar("Plan")
 _KEPT_PLANS = 512
-_UNSUPPORTED = (
-    "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "suppress_tokens",
-    "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "min_length", "min_new_tokens",
-    "sequence_bias", "exponential_decay_length_penalty", "guidance_scale",
-)  # fmt: skip
 
 
 def default_batch_tokens(device: str | torch.device) -> int:
@@ -162,7 +157,8 @@ class HFEngine:
             CandidateFailed: a logit is not finite.
             UserError: the model's generation config asks for what is not supported here.
         """
-        penalty, ends = self._penalty(), self._ends()
+        config = getattr(self.model, "generation_config", None)
+        penalty, ends = inputs.repetition_penalty(config, "hf"), inputs.ends(config, self.tokenizer)
         prompts, batches, rows = self._plan("generate", requests, lambda: self._pack_prompts(requests))
         texts = [GrowingText(request, self._stops_of(request), ends) for request in requests]
         if batches is not None:
@@ -196,27 +192,12 @@ class HFEngine:
         return plan
 
     def _pack_pairs(self, requests: Sequence[Loglikelihood]) -> tuple[ScoreBatch, ...]:
-        pairs = [self._encoder.pair(request.context, request.continuation) for request in requests]
-        for request, (_, continuation) in zip(requests, pairs, strict=True):
-            if not 0 < len(continuation) <= self.max_length:
-                raise UserError(
-                    f"the answer {request.continuation!r:.60} has {len(continuation)} tokens, "
-                    f"it needs 1 to {self.max_length} (the model's length) to be scored"
-                )
-        return self._pack(pairs)
+        return self._pack(inputs.scored_pairs(self._encoder, requests, self.max_length))
 
     def _pack_windows(
         self, requests: Sequence[Rolling]
     ) -> tuple[tuple[ScoreBatch, ...], np.ndarray[Any, Any]]:
-        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-
-        pairs: list[tuple[list[int], list[int]]] = []
-        owners: list[int] = []
-        for number, request in enumerate(requests):
-            tokens = self._encoder.encode(request.text)
-            for window in get_rolling_token_windows(tokens, self._encoder.prefix, self.max_length, 1):
-                pairs.append(make_disjoint_window(window))
-                owners.append(number)
+        pairs, owners = inputs.rolling_pairs(self._encoder, requests, self.max_length)
         return self._pack(pairs), np.array(owners, dtype=np.int64)
 
     def _pack(self, pairs: Sequence[tuple[list[int], list[int]]]) -> tuple[ScoreBatch, ...]:
@@ -232,15 +213,7 @@ class HFEngine:
         self, requests: Sequence[Generation]
     ) -> tuple[list[list[int]], tuple[PromptBatch, ...] | None, int]:
         """Return the prompts' tokens, their batches (None for the plain way), and how many texts grow at once."""
-        prompts = []
-        for request in requests:
-            room = self.max_length - request.max_tokens
-            if room < 1:
-                raise UserError(
-                    f"max_gen_toks {request.max_tokens} leaves no room for a prompt: "
-                    f"the model's length is {self.max_length} tokens"
-                )
-            prompts.append(self._encoder.prompt(request.context)[-room:])
+        prompts = inputs.prompts(self._encoder, requests, self.max_length)
         if not self._live.forks:
             return prompts, None, 0
         longest = max(
@@ -255,20 +228,3 @@ class HFEngine:
         if request.stops not in self._stops:
             self._stops[request.stops] = Stops(request.stops, self._encoder)
         return self._stops[request.stops]
-
-    def _penalty(self) -> float:
-        """Return the model's repetition penalty; refuse generation settings that would be ignored."""
-        config = getattr(self.model, "generation_config", None)
-        for name in _UNSUPPORTED:
-            if getattr(config, name, None) not in (None, 0, [], 1 if name == "guidance_scale" else None):
-                raise UserError(
-                    f"generation_config.json: {name}: not supported by the hf engine; remove it from the base model"
-                )
-        if (getattr(config, "num_beams", None) or 1) != 1:
-            raise UserError("generation_config.json: num_beams: the hf engine decodes greedily; remove it")
-        return float(getattr(config, "repetition_penalty", None) or 1.0)
-
-    def _ends(self) -> frozenset[int]:
-        own = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
-        ids = {self.tokenizer.eos_token_id, *(own if isinstance(own, list | tuple) else [own])}
-        return frozenset(token for token in ids if token is not None)

@@ -30,6 +30,29 @@ class Host(Protocol):
         """Let the model and its memory go. May be called twice."""
 
 
+def check_engine(settings: EngineConfig) -> None:
+    """Check that a config's engine is installed and knows its options.
+
+    Raises:
+        UserError: it is not, or does not.
+    """
+    if settings.type == "vllm":
+        from evomerge.engines import vllm_options
+
+        vllm_options.check(settings.options)
+
+
+def default_batch_tokens(kind: str, device: str) -> int:
+    """Return the token budget of one forward pass, of a kind of engine, where the config says ``auto``."""
+    if kind == "vllm":
+        from evomerge.engines import vllm_options
+
+        return vllm_options.default_batch_tokens(device)
+    from evomerge.engines import hf
+
+    return hf.default_batch_tokens(device)
+
+
 def open_host(settings: EngineConfig, checkpoints: Mapping[str, Checkpoint], tokenizer: Any) -> Host:
     """Return the host that a config's `engine` asks for; the model is made with the first recipe.
 
@@ -37,7 +60,14 @@ def open_host(settings: EngineConfig, checkpoints: Mapping[str, Checkpoint], tok
         settings: `device`, `batch_tokens` and `max_length` already decided.
         checkpoints: the parents, by the names that recipes use.
         tokenizer: of the merged models.
+
+    Raises:
+        UserError: the engine is not installed.
     """
+    if settings.type == "vllm":
+        from evomerge.engines.vllm_host import VLLMHost
+
+        return VLLMHost(settings, checkpoints, tokenizer)
     from evomerge.engines.hf_host import HFHost
 
     return HFHost(settings, checkpoints, tokenizer)
@@ -45,6 +75,10 @@ def open_host(settings: EngineConfig, checkpoints: Mapping[str, Checkpoint], tok
 
 def packing_name(settings: EngineConfig) -> str:
     """Return name and version of an engine's batching with its token budget, as blocks carry it."""
+    if settings.type == "vllm":
+        from evomerge.engines import vllm_options
+
+        return vllm_options.packing_name(int(settings.batch_tokens))
     from evomerge.engines import hf
 
     return hf.packing_name(int(settings.batch_tokens))

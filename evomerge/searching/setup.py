@@ -121,18 +121,25 @@ def _sources(config: Config) -> dict[str, Source]:
 
 
 def decide_engine(config: Config, base: Checkpoint) -> Config:
-    """Return the config with the engine's device, token budget and context length decided."""
+    """Return the config with the engine's device, token budget and context length decided.
+
+    Raises:
+        UserError: the engine is not installed, or does not know an option.
+    """
     import torch
 
-    from evomerge.engines.hf import default_batch_tokens
+    from evomerge.engines import check_engine, default_batch_tokens
 
     engine = config.engine
     device = engine.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokens = default_batch_tokens(device) if engine.batch_tokens == "auto" else engine.batch_tokens
+    tokens = (
+        default_batch_tokens(engine.type, device) if engine.batch_tokens == "auto" else engine.batch_tokens
+    )
     length = engine.max_length or int(base.text_config.get("max_position_embeddings") or 2048)
     decided = engine.model_copy(update={"device": device, "batch_tokens": tokens, "max_length": length})
+    check_engine(decided)
     return config.model_copy(update={"engine": decided})
 
 
