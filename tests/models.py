@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3Config,
@@ -127,7 +129,7 @@ def make_model(
     `live_form` writes the names and shapes that transformers has in memory instead of the published ones.
     """
     wrapper = WRAPPERS.get(kind)
-    config_class, model_class, own = ARCHITECTURES[wrapper[2] if wrapper else kind]
+    config_class, model_class, own = _architecture(wrapper[2] if wrapper else kind)
     generator = torch.Generator().manual_seed(seed)
     settings: Any = dict(
         vocab_size=VOCAB,
@@ -163,6 +165,13 @@ def make_model(
     if tokenizer:
         make_tokenizer(folder)
     return folder
+
+
+def _architecture(kind: str) -> tuple[Any, Any, dict[str, Any]]:
+    if kind in ARCHITECTURES:
+        return ARCHITECTURES[kind]
+    config = CONFIG_MAPPING[kind]
+    return config, MODEL_FOR_CAUSAL_LM_MAPPING[config], {}
 
 
 def make_family(folder: Path, **options: Any) -> dict[str, Path]:

@@ -110,6 +110,11 @@ class _Writer:
         return Written(document, tuple(dict.fromkeys(self._notes)))
 
     def _peer(self, job: TensorJob) -> Peer:
+        if job.shift != 0:
+            raise UserError(
+                f"tensor '{job.name}': a scale of this architecture shifts the weights of norms, which mergekit "
+                "cannot; use scale 1"
+            )
         if job.method is None:
             return Peer("passthrough", own={"scale": (job.factor,)})
         if job.factor != 1:

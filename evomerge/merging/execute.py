@@ -48,7 +48,7 @@ def execute(
 ) -> None:
     """Compute the plan's tensors and write them to a sink.
 
-    Each chunk is merged and multiplied by the job's factor in float32 (float64 if an operand is), rounded
+    Each chunk is merged, multiplied by the job's factor and shifted in float32 (float64 if an operand is), rounded
     once to the output's number format, checked and written; a few chunks per thread are all that is held. The
     bytes do not depend on `chunk`, `threads` and `stream`.
 
@@ -180,7 +180,21 @@ def _writer(
         factor=job.factor,
         statistics=statistics_of(job, parents, statistics),
     )
-    return merge.write
+    return merge.write if job.shift == 0.0 else _shifted(merge.write, job.shift)
+
+
+def _shifted(
+    write: Callable[[int, int, torch.Tensor], bool], shift: float
+) -> Callable[[int, int, torch.Tensor], bool]:
+    """Return a writer that adds a number before the only rounding."""
+
+    def add(start: int, stop: int, out: torch.Tensor) -> bool:
+        values = torch.empty_like(out, dtype=torch.promote_types(out.dtype, torch.float32))
+        finite = write(start, stop, values)
+        out.copy_(values.add_(shift))
+        return finite and bool(torch.isfinite(out).all())
+
+    return add
 
 
 def _copier(
@@ -206,6 +220,8 @@ def _copier(
             values = flat[begin:end]
             if job.factor != 1.0:
                 values = values.to(torch.promote_types(values.dtype, torch.float32)).mul(job.factor)
+            if job.shift != 0.0:
+                values.add_(job.shift)
             part = out[begin - start : end - start].copy_(values)
             finite = finite and bool(torch.isfinite(part).all())
         return finite

@@ -1,11 +1,15 @@
 """Layer paths: which layers may follow one another, and residual scales folded into stock weights.
 
 A path is a list of hops (model or merge, layer, scale); scale w_t multiplies the residual stream that
-enters hop t: h_t = w_t h_{t-1} + A_t(n(w_t h_{t-1})) + M_t(n(·)). With P_t = w_1 … w_t and g_t = h_t / P_t a
-pre-norm block becomes g_t = g_{t-1} + A_t / P_t + M_t / P_t, because RMSNorm and LayerNorm ignore the size of
-their input and keep its sign. So the scales vanish into the last matrices of attention and MLP (`o_proj`,
-`down_proj`; of a mixture those of all experts) and into the sign of the norms' weights: exact up to the norms'
-epsilon, and the result is a stock checkpoint.
+enters hop t: h_t = w_t h_{t-1} + A_t(w_t h_{t-1}) + M_t(·). With P_t = w_1 … w_t and g_t = h_t / P_t a block
+becomes g_t = g_{t-1} + A_t(P_t g_{t-1}) / P_t + M_t(P_t ·) / P_t, and the powers of P_t go into the weights:
+
+- what writes to the stream is divided by P_t: the last matrices of attention and MLP (`o_proj`, `down_proj`; of
+  a mixture those of all experts), or the norms behind them where there are such;
+- what reads the stream takes P_t: RMSNorm and LayerNorm ignore the size of their input and keep its sign, so
+  that only the sign goes into their weights; where matrices read it without a norm, they are multiplied by P_t.
+
+The result is a stock checkpoint, exact up to the epsilon of the norms that read the stream.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -27,37 +31,84 @@ from evomerge.recipe import Hop
 
 SAFE_PRODUCT = 8.0
 
-# Pre-norm blocks whose norms multiply by their weight (not by 1 + weight) and whose residual stream is plain.
-FOLDABLE_TYPES = frozenset(
-    {
-        *(
-            "arcee",
-            "glm",
-            "gpt2",
-            "gpt_neox",
-            "granite",
-            "helium",
-            "llama",
-            "ministral",
-            "mistral",
-            "mixtral",
-        ),
-        *("olmoe", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm"),
-    }
+
+@dataclass(frozen=True)
+class _Form:
+    """What the tensors of a block do with the residual stream, as patterns on their names within the layer.
+
+    Attributes:
+        writers: weights and biases of what adds to the stream last.
+        norms: norms that read the stream.
+        readers: matrices that read it without a norm.
+        between: what lies between.
+        unit: norms multiply by 1 + their weight.
+    """
+
+    writers: re.Pattern[str]
+    norms: re.Pattern[str]
+    between: re.Pattern[str]
+    readers: re.Pattern[str] = re.compile(r"(?!)")
+    unit: bool = False
+
+    def knows(self, name: str) -> bool:
+        """Whether it says what a tensor does."""
+        return any(p.fullmatch(name) for p in (self.writers, self.norms, self.readers, self.between))
+
+
+_OUT = (
+    r"self_attn\.(o_proj|dense)|attention\.dense|attn\.c_proj"
+    r"|mlp\.(down_proj|fc2|dense_4h_to_h|c_proj|shared_expert\.down_proj|experts\.\d+\.down_proj)"
+    r"|block_sparse_moe\.experts\.\d+\.w2"
 )
-# What adds to the residual stream, what reads it, and what lies between the two.
-_OUTPUT = re.compile(
-    r"(self_attn\.o_proj|attention\.dense|attn\.c_proj"
-    r"|mlp\.(down_proj|dense_4h_to_h|c_proj|shared_expert\.down_proj|experts\.\d+\.down_proj)"
-    r"|block_sparse_moe\.experts\.\d+\.w2)\.(weight|bias)"
-)
-_NORM = re.compile(r"(input_layernorm|post_attention_layernorm|ln_[12])\.(weight|bias)")
-_BETWEEN = re.compile(
-    r"(self_attn\.(q_proj|k_proj|v_proj|qkv_proj|q_norm|k_norm)|attention\.query_key_value|attn\.c_attn"
-    r"|mlp\.(gate_proj|up_proj|gate_up_proj|dense_h_to_4h|c_fc|gate|shared_expert_gate"
+_IN = (
+    r"self_attn\.(q_proj|k_proj|v_proj|qkv_proj)|attention\.query_key_value|attn\.c_attn"
+    r"|mlp\.(gate_proj|up_proj|gate_up_proj|fc1|dense_h_to_4h|c_fc|gate|shared_expert_gate"
     r"|shared_expert\.(gate|up)_proj|experts\.\d+\.(gate|up)_proj)"
-    r"|block_sparse_moe\.(gate|experts\.\d+\.w[13]))\.(weight|bias)"
+    r"|block_sparse_moe\.(gate|experts\.\d+\.w[13])"
 )
+_OF_HEADS = r"self_attn\.(q_norm|k_norm|q_layernorm|k_layernorm)"
+
+
+def _parameters(*names: str) -> re.Pattern[str]:
+    return re.compile(rf"({'|'.join(names)})\.(weight|bias)")
+
+
+_PRE = _Form(
+    writers=_parameters(_OUT),
+    norms=_parameters(r"input_layernorm|post_attention_layernorm|ln_[12]"),
+    between=_parameters(_IN, _OF_HEADS),
+)
+_SANDWICH = _Form(
+    writers=_parameters("post_attention_layernorm|post_feedforward_layernorm"),
+    norms=_parameters("input_layernorm|pre_feedforward_layernorm"),
+    between=_parameters(_IN, _OUT, _OF_HEADS),
+)
+_POST = _Form(
+    writers=_parameters("post_attention_layernorm|post_feedforward_layernorm"),
+    norms=re.compile(r"(?!)"),
+    # Their bias is added after P_t went into the weight, as it was after the scaled stream.
+    readers=re.compile(rf"({_IN})\.weight"),
+    between=_parameters(_IN, _OUT, _OF_HEADS),
+)
+_GLM4 = _Form(
+    writers=_parameters("post_self_attn_layernorm|post_mlp_layernorm"),
+    norms=_parameters("input_layernorm|post_attention_layernorm"),
+    between=_parameters(_IN, _OUT),
+)
+
+_FORMS: dict[str, _Form] = {
+    **dict.fromkeys(("arcee", "glm", "granite", "helium", "llama", "seed_oss", "smollm3"), _PRE),
+    **dict.fromkeys(("ministral", "mistral", "mixtral", "olmoe"), _PRE),
+    **dict.fromkeys(("phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"), _PRE),
+    **dict.fromkeys(("cohere", "cohere2", "gpt2", "gpt_neox", "phi", "stablelm", "starcoder2"), _PRE),
+    "gemma": replace(_PRE, unit=True),
+    **dict.fromkeys(("gemma2", "gemma3_text"), replace(_SANDWICH, unit=True)),
+    "glm4": _GLM4,
+    **dict.fromkeys(("olmo2", "olmo3", "exaone4"), _POST),
+}
+"""Model types for whose blocks folding is exact."""
+
+FOLDABLE_TYPES = frozenset(_FORMS)
 
 # Config keys that change what a layer computes without showing in any shape.
 _ARITHMETIC = (
@@ -75,11 +126,22 @@ _ARITHMETIC = (
 
 
 @dataclass(frozen=True)
-class Folding:
-    """Factors that make scales vanish: per hop by tensor stem, and that of the final norm."""
+class Fold:
+    """What makes a tensor w take up a scale: factor · w + shift."""
 
-    layers: tuple[dict[str, float], ...]
-    final_norm: float = 1.0
+    factor: float = 1.0
+    shift: float = 0.0
+
+
+UNFOLDED = Fold()
+
+
+@dataclass(frozen=True)
+class Folding:
+    """What makes scales vanish: per hop by tensor stem, and for the weight of the final norm."""
+
+    layers: tuple[dict[str, Fold], ...]
+    final_norm: Fold = UNFOLDED
 
 
 def check_hops(path: Sequence[Hop], donors: Sequence[Checkpoint]) -> None:
@@ -128,14 +190,14 @@ def check_layers(path: Sequence[Hop], donors: Sequence[Checkpoint], config: Mapp
 
 
 def fold_scales(path: Sequence[Hop], donors: Sequence[Checkpoint]) -> tuple[Folding, tuple[str, ...]]:
-    """Return the factors of each hop's tensors, and warnings.
+    """Return what each hop's tensors take up, and warnings.
 
-    Raises UserError where the blocks are not of the kind for which folding is exact.
+    Raises UserError where the blocks are not of a kind for which folding is exact.
     """
     products: list[float] = []
     for hop in path:
         products.append((products[-1] if products else 1.0) * hop.scale)
-    layers: list[dict[str, float]] = []
+    layers: list[dict[str, Fold]] = []
     warnings: list[str] = []
     for index, (hop, donor, product) in enumerate(zip(path, donors, products, strict=True)):
         if not math.isfinite(product) or product == 0:
@@ -143,18 +205,16 @@ def fold_scales(path: Sequence[Hop], donors: Sequence[Checkpoint]) -> tuple[Fold
         if product == 1.0:
             layers.append({})
             continue
-        outputs, norms = _foldable_parts(donor, hop, index)
-        factors = dict.fromkeys(outputs, 1.0 / product)
-        if product < 0:
-            factors |= dict.fromkeys(norms, -1.0)
-        layers.append(factors)
+        layers.append(_folds(donor, hop, index, product))
         if not 1 / SAFE_PRODUCT <= abs(product) <= SAFE_PRODUCT and not warnings:
             warnings.append(
                 f"path.{index}.scale: the product of all scales up to here is {product:.4g}, outside "
                 f"[1/{SAFE_PRODUCT:g}, {SAFE_PRODUCT:g}]: the exported model may differ from the scaled "
                 "path, because the norms' epsilon no longer is negligible"
             )
-    return Folding(tuple(layers), math.copysign(1.0, products[-1])), tuple(warnings)
+    last = _FORMS.get(str(donors[-1].text_config.get("model_type")))
+    sign = math.copysign(1.0, products[-1])
+    return Folding(tuple(layers), _of_norm(sign, last is not None and last.unit)), tuple(warnings)
 
 
 @lru_cache(maxsize=64)
@@ -185,20 +245,32 @@ def _arithmetic(donor: Checkpoint) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
 
 
-def _foldable_parts(donor: Checkpoint, hop: Hop, index: int) -> tuple[list[str], list[str]]:
-    """Return the stems of what adds to the residual stream and of its norms' weights, or refuse the block."""
-    stems = list(_layer_shapes(donor, hop.layer))
-    names = {stem: stem.partition("{}.")[2] for stem in stems}
-    odd = [name for name in names.values() if not any(p.fullmatch(name) for p in (_OUTPUT, _NORM, _BETWEEN))]
+def _folds(donor: Checkpoint, hop: Hop, index: int, product: float) -> dict[str, Fold]:
+    """Return what the tensors of a hop take up of the product of all scales up to it, or refuse the block."""
+    names = {stem: stem.partition("{}.")[2] for stem in _layer_shapes(donor, hop.layer)}
     kind = donor.text_config.get("model_type")
-    if odd or kind not in FOLDABLE_TYPES:
-        why = f"its layers have '{min(odd)}'" if odd else f"model type '{kind}' is not known to have them"
+    form = _FORMS.get(str(kind))
+    odd = [name for name in names.values() if form is not None and not form.knows(name)]
+    if form is None or odd:
+        why = f"its layers have '{min(odd)}'" if odd else f"those of model type '{kind}' are not known"
         raise UserError(
-            "a scale other than 1 folds exactly only into plain pre-norm blocks, like those of Llama; "
-            f"{why}; use scale 1",
+            "a scale other than 1 folds only into blocks of which it is known what reads the residual stream "
+            f"and what writes to it; {why}; use scale 1",
             key=f"path.{index}.scale",
         )
-    outputs = [stem for stem, name in names.items() if _OUTPUT.fullmatch(name)]
-    # A norm's bias is added after the sign: turning the weight turns what the sign turned back.
-    norms = [stem for stem, name in names.items() if _NORM.fullmatch(name) and name.endswith("weight")]
-    return outputs, norms
+    folds: dict[str, Fold] = {}
+    for stem, name in names.items():
+        if form.writers.fullmatch(name):
+            normed = name.rpartition(".")[0].endswith("norm")
+            folds[stem] = _of_norm(1 / product, form.unit) if normed else Fold(1 / product)
+        elif form.readers.fullmatch(name):
+            folds[stem] = Fold(product)
+        # A norm's bias is added after the sign: turning the weight turns what the sign turned back.
+        elif product < 0 and form.norms.fullmatch(name) and name.endswith("weight"):
+            folds[stem] = _of_norm(-1.0, form.unit)
+    return folds
+
+
+def _of_norm(factor: float, unit: bool) -> Fold:
+    """Return what multiplies the output of a norm, whose weight w may stand for 1 + w."""
+    return Fold(factor, factor - 1.0 if unit else 0.0)

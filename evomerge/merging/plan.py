@@ -24,7 +24,7 @@ from evomerge.checkpoints.names import is_outside, is_transposed, parse
 from evomerge.errors import CheckpointError, UserError, nearest
 from evomerge.merging.chat import chosen_templates
 from evomerge.merging.layer_config import path_config
-from evomerge.merging.paths import check_hops, check_layers, fold_scales, tensors_at
+from evomerge.merging.paths import UNFOLDED, Fold, check_hops, check_layers, fold_scales, tensors_at
 from evomerge.merging.token_ids import follow_tokenizer
 from evomerge.merging.vocabulary import OutputVocabulary, donor_of, ends, head_of, output_vocabulary, voters
 from evomerge.methods import MaskKey
@@ -53,7 +53,7 @@ class TensorJob:
         dialect: the method's variant.
         values: parameters; one number per input for those of expert scope.
         masks: key of the random masks of methods that draw some.
-        factor: multiplied in before the rounding (folded scales of a layer path).
+        factor, shift: the result r becomes factor · r + shift before the rounding (folded scales of a layer path).
         view: key of `MergePlan.views` where the models are read in another form than they are stored.
         transposed: whether a layer's matrix is kept as (in, out) instead of (out, in).
         statistics: keys of the statistics of each input that the method needs; none if it needs none.
@@ -70,6 +70,7 @@ class TensorJob:
     values: Mapping[str, JobValue] | None = None
     masks: MaskKey | None = None
     factor: float = 1.0
+    shift: float = 0.0
     sources: tuple[tuple[str, str], ...] = ()
     view: str = ""
     transposed: bool = False
@@ -223,7 +224,7 @@ def _plan_path(
     check_hops(path, donors)
     config = path_config(path, donors)
     check_layers(path, donors, config)
-    factors, warnings = fold_scales(path, donors)
+    folding, warnings = fold_scales(path, donors)
     first, last = donors[0], donors[-1]
     counts = Counter(sources)
     seen: Counter[str] = Counter()
@@ -240,13 +241,13 @@ def _plan_path(
                     source,
                     name,
                     output=tensor.at_layer(index),
-                    factor=factors.layers[index].get(tensor.stem, 1.0),
+                    fold=folding.layers[index].get(tensor.stem, UNFOLDED),
                     depth=depth,
                     layers=hop.layers,
                 )
             )
     jobs += [
-        planner.job(sources[-1], name, factor=factors.final_norm if _is_norm_weight(name) else 1.0)
+        planner.job(sources[-1], name, fold=folding.final_norm if _is_norm_weight(name) else UNFOLDED)
         for name in planner.with_head(_at(last, "post"))
     ]
     return jobs, config, planner.donor(sources[0]), warnings
@@ -323,7 +324,7 @@ class _Planner:
         tensor: str,
         *,
         output: str = "",
-        factor: float = 1.0,
+        fold: Fold = UNFOLDED,
         depth: float = 0.0,
         layers: Mapping[str, int] | None = None,
     ) -> TensorJob:
@@ -337,7 +338,8 @@ class _Planner:
             dtype=info.dtype if is_outside(tensor) else self._dtype or info.dtype,
             source=tensor,
             inputs=(self.donor(source),),
-            factor=factor,
+            factor=fold.factor,
+            shift=fold.shift,
             view=view,
             transposed=is_transposed(self._checkpoints[self.donor(source)].config, tensor),
         )

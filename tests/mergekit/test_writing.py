@@ -286,6 +286,15 @@ def test_every_method_is_written_with_parameters_that_mergekit_has(dialect: str)
         assert set(peer.own) <= {p.name for p in spec.input_parameters}, name
 
 
+def test_scales_that_shift_the_norms_are_refused(families: Families) -> None:
+    path = [{"model": "a", "layer": i, "scale": 0.5} for i in range(2)]
+    recipe = recipe_of({"path": path}, families, "gemma2")
+    with pytest.raises(
+        UserError, match=r"'model\.layers\.0\.post_attention_layernorm\.weight': a scale of this"
+    ):
+        to_mergekit(recipe, open_parents(recipe))
+
+
 def test_scales_of_merged_layers_are_refused(families: Families) -> None:
     path = [{"merge": "m", "layer": i, "scale": 0.5} for i in range(4)]
     merges = {"m": {"method": "linear", "inputs": ["a", "b"], "parameters": {"weight": 1}}}

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from evomerge.checkpoints import open_checkpoint
-from evomerge.errors import CheckpointError, UserError
+from evomerge.errors import CheckpointError
 from evomerge.merging import Materializer, merge, open_parents, plan_merge
 from evomerge.merging.layer_config import path_config
 from evomerge.recipe import Hop
@@ -72,46 +72,6 @@ def test_moved_layers_compute_what_they_computed(parent, tmp_path, layers):
         assert torch.equal(live(IDS).logits, logits)
         length = exported.generate(IDS, max_new_tokens=3, do_sample=False, eos_token_id=None).shape[1]
     assert length == IDS.shape[1] + 3
-
-
-# The epsilon is what folding neglects.
-TINY_EPSILON = dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"), 1e-12)
-PRE_NORM = {
-    "phi3": {},
-    "gpt2": {},
-    "gpt_neox": {"use_parallel_residual": True},
-    "gpt_neox sequential": {"use_parallel_residual": False},
-    "stablelm": {},
-    "mixtral": {},
-    "qwen3_moe": OPTIONS["qwen3_moe"],
-}
-
-
-@pytest.mark.parametrize("scales", [[-1.2, 1.0, -0.9], [0.9, -1.1, 1.3]], ids=str)
-@pytest.mark.parametrize("kind", PRE_NORM)
-def test_scales_fold_into_pre_norm_blocks(tmp_path, kind, scales):
-    folder = make_model(
-        tmp_path / "a", 1, kind=kind.split()[0], tokenizer=False, **PRE_NORM[kind], **TINY_EPSILON
-    )
-    layers = [2, 1, 1]
-    path = [
-        {"model": "a", "layer": layer, "scale": scale} for layer, scale in zip(layers, scales, strict=True)
-    ]
-    out = merge(make_recipe({"a": folder}, path=path), tmp_path / "out")
-    expected = moved(folder, layers)
-    decoder = expected.base_model
-    for layer, scale in zip(getattr(decoder, "h", None) or decoder.layers, scales, strict=True):
-        layer.register_forward_pre_hook(lambda _, args, scale=scale: (args[0] * scale, *args[1:]))
-    with torch.no_grad():
-        assert error(AutoModelForCausalLM.from_pretrained(out)(IDS).logits, expected(IDS).logits) < 1e-4
-
-
-@pytest.mark.parametrize("kind", ["gemma2", "gemma3_text", "olmo2"])
-def test_scales_are_refused_where_a_block_is_no_plain_pre_norm_one(tmp_path, kind):
-    folder = make_model(tmp_path / "a", kind=kind, layers=2, tokenizer=False)
-    path = [{"model": "a", "layer": 0, "scale": 0.5}]
-    with pytest.raises(UserError, match=r"path\.0\.scale: .*plain pre-norm blocks.*use scale 1"):
-        merge(make_recipe({"a": folder}, path=path), tmp_path / "out")
 
 
 def edit(folder: Path, change) -> None:

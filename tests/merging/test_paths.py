@@ -10,7 +10,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from evomerge.checkpoints import open_checkpoint
 from evomerge.errors import CheckpointError, UserError
 from evomerge.merging import merge, open_parents, plan_merge
 from tests.merging.helpers import error, make_recipe, read, read64
@@ -235,16 +234,6 @@ def test_models_of_different_depth_may_share_a_path(family, tmp_path):
     deep = make_model(tmp_path / "deep", layers=6)
     recipe = make_recipe({"a": family["a"], "deep": deep}, path=to_path([("a", 3, 1), ("deep", 5, 1)]))
     assert plan_merge(recipe, open_parents(recipe)).config["num_hidden_layers"] == 2
-
-
-def test_scales_are_refused_where_folding_is_not_exact(family, tmp_path):
-    model = make_model(tmp_path / "a")
-    edit_config(model, model_type="gemma")
-    scaled = make_recipe({"a": model}, path=to_path([("a", 0, 1), ("a", 1, 0.5)]))
-    checkpoints = {"a": open_checkpoint(model, name="a")}
-    with pytest.raises(UserError, match=r"path\.1\.scale: .*pre-norm blocks.*'gemma'"):
-        plan_merge(scaled, checkpoints)
-    plan_merge(make_recipe({"a": model}, path=to_path([("a", 0, 1), ("a", 1, 1)])), checkpoints)
 
 
 def test_scales_that_cancel_leave_later_layers_alone(family):
