@@ -121,7 +121,9 @@ def evaluate(
     try:
         engine = open_host(config.engine, checkpoints, tokenizer).hold(recipe)
         parts = [part for block in built.fixed_blocks(split, packing=engine.packing) for part in block.parts]
-        cache = ScoreCache(scores_folder(config.cache.scores), engine.fingerprint, log.warning)
+        cache = ScoreCache(
+            scores_folder(config.cache.scores), engine.fingerprint, log.warning, unshared=built.unshared
+        )
         identity = Identities(checkpoints).of(recipe)
         known = cache.known(identity, parts)
         table: dict[str, dict[str, ItemScore]] = {}

@@ -35,7 +35,8 @@ examples:
 """
 _PLAN_HELP = """\
 It tells the number of searched parameters, population and generations, items per split, the smallest
-difference that the items can resolve, the cost in item evaluations, and the memory.
+difference that the items can resolve, the cost in item evaluations, what will be where in memory and how long
+a swap of the weights takes. Models that cannot fit are refused.
 """
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from evomerge.engines.attention import BehindPrefix, KeyValues, Slots, masks, own_attention
 from evomerge.engines.packing import Inputs
 
-_LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**27}
+LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**27}
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 # What some models do to logits after the output embedding: the config's key, and the operation.
@@ -107,7 +107,7 @@ class LiveModel:
     def head_in_parts(self, hidden_ND: Tensor) -> list[Tensor]:
         """Return where to cut N so that the logits of each part stay small."""
         size = self.model.get_output_embeddings().weight.shape[0]
-        rows = max(1, _LOGITS_AT_ONCE.get(self.device.type, 2**22) // size)
+        rows = max(1, LOGITS_AT_ONCE.get(self.device.type, 2**22) // size)
         return list(torch.split(hidden_ND, rows))
 
     def _hidden(self, inputs: Inputs, cache: Any) -> Tensor:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ class ScoreCache:
         folder: where the files lie; made when there is something to write. None: nothing is kept.
         fingerprint: of the engine.
         warn: tells a sentence.
+        unshared: tasks of which nothing is kept.
         limit_bytes, limit_files: of the folder; above them, the files that were used longest ago go.
     """
 
@@ -53,12 +54,14 @@ class ScoreCache:
         fingerprint: str,
         warn: Callable[[str], None] = lambda _: None,
         *,
+        unshared: Collection[str] = (),
         limit_bytes: int = LIMIT_BYTES,
         limit_files: int = LIMIT_FILES,
     ) -> None:
         self._folder = None if folder is None else folder / FORMAT
         self._fingerprint = fingerprint
         self._warn = warn
+        self._unshared = unshared
         self._limits = (limit_bytes, limit_files)
         self._writable = True
         self._written = 0
@@ -84,7 +87,7 @@ class ScoreCache:
             return {}
         with contextlib.suppress(OSError):
             os.utime(path)
-        wanted = {part.hash: part for part in parts}
+        wanted = {part.hash: part for part in parts if part.task not in self._unshared}
         found: dict[str, PartOutcome] = {}
         for line in lines:
             entry = _entry(line, key)
@@ -97,6 +100,9 @@ class ScoreCache:
     def add(self, recipe: str, outcomes: Iterable[tuple[Part, PartOutcome]]) -> None:
         """Keep outcomes of parts for whoever asks for them next."""
         if self._folder is None or not self._writable:
+            return
+        outcomes = [(part, outcome) for part, outcome in outcomes if part.task not in self._unshared]
+        if not outcomes:
             return
         key = self._key(recipe)
         path = self._file(key)

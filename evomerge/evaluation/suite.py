@@ -21,7 +21,7 @@ from evomerge.evaluation.items import SPLITS, Block, Item, ItemScore, Part, Part
 from evomerge.evaluation.library import Library, specs_of
 from evomerge.evaluation.own import PythonTask, check_python
 from evomerge.evaluation.preview import Preview
-from evomerge.evaluation.requests import Engine, Loglikelihood
+from evomerge.evaluation.requests import Engine, Loglikelihood, Request
 from evomerge.evaluation.splits import GROUP_HELP
 from evomerge.evaluation.texts import TextTask
 
@@ -139,6 +139,16 @@ class Suite:
             )
         known = [entry.reference for entry in self._of("search").values() if entry.item.task == task]
         return [pair for pair in known if pair is not None and pair[1]]
+
+    @property
+    def unshared(self) -> frozenset[str]:
+        """Tasks whose scores are not for other runs: nobody knows on what a function of the user's depends."""
+        return frozenset(task.name for task in self.tasks if task.output_type == "python")
+
+    def requests(self) -> Iterator[Request]:
+        """Yield what is asked for all items that were built."""
+        for entry in self._known.values():
+            yield from entry.requests
 
     def sha256(self, split: Split) -> str:
         """Return the hash of a split's items."""

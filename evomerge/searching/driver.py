@@ -96,7 +96,12 @@ class Driver:
                 fingerprint,
                 reporter.on_event,
                 reporter.on_progress,
-                cache=ScoreCache(scores_folder(self._setup.config.cache.scores), fingerprint, reporter.say),
+                cache=ScoreCache(
+                    scores_folder(self._setup.config.cache.scores),
+                    fingerprint,
+                    reporter.say,
+                    unshared=self._setup.suite.unshared,
+                ),
                 identity=Identities(self._setup.checkpoints).of,
             )
             self._preview()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -12,8 +11,9 @@ from evomerge.evaluation.items import SPLITS, Split
 from evomerge.evaluation.statistics import minimum_detectable_effect
 from evomerge.optimizers import make_optimizer
 from evomerge.searching.budget import affordable
+from evomerge.searching.memory import Memory, check_fits, plan_memory
 from evomerge.searching.selection import ARCHIVE, SNAPSHOTS
-from evomerge.searching.setup import BASE, Setup
+from evomerge.searching.setup import Setup
 
 if TYPE_CHECKING:
     from evomerge.config import Budget
@@ -41,8 +41,7 @@ class Plan:
         item_evaluations: what search, selection and the final comparison cost together.
         minimum_detectable_effect: smallest difference on test that a paired comparison resolves, by split;
             two-sided 5 %, power 80 %, 20 % of the items answered differently.
-        parent_bytes: tensors of base and experts on disk.
-        worker_bytes: live model of each worker.
+        memory: what will be where, and the seconds of a swap.
         warnings: sentences.
     """
 
@@ -57,8 +56,7 @@ class Plan:
     tasks: Mapping[str, tuple[str, float]]
     item_evaluations: int | None
     minimum_detectable_effect: Mapping[str, float]
-    parent_bytes: int
-    worker_bytes: int
+    memory: Memory
     warnings: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -80,10 +78,8 @@ class Plan:
                 f"  {split:<11} {counts['all']} items of {len(counts) - 1} tasks; "
                 f"resolves differences of {effect:.3f} or more"
             )
-        lines.append(
-            f"  memory      parents {_size(self.parent_bytes)} on disk, "
-            f"live model {_size(self.worker_bytes)} a worker"
-        )
+        for line in self.memory.lines():
+            lines += textwrap.wrap(line, 110, subsequent_indent=" " * 14, break_on_hyphens=False)
         return "\n".join([*lines, *(f"  warning: {warning}" for warning in self.warnings)])
 
 
@@ -98,8 +94,17 @@ def _task_lines(tasks: Mapping[str, tuple[str, float]]) -> list[str]:
     )
 
 
-def plan_search(setup: Setup, budget: Budget) -> Plan:
-    """Work out the size of a search."""
+def plan_search(setup: Setup, budget: Budget, *, measured: tuple[float, float] | None = None) -> Plan:
+    """Work out the size of a search.
+
+    Args:
+        setup: of the search.
+        budget: its ceilings.
+        measured: of a run that has begun, the mean seconds of a swap and its share of the workers' time.
+
+    Raises:
+        UserError: the budget does not pay for a generation, or the models cannot fit into the memory.
+    """
     optimizer = make_optimizer(setup.config.optimizer, setup.space.coordinates, seed=setup.config.seed)
     population = optimizer.population
     generations = affordable(budget, population=population, items_per_candidate=setup.items_per_candidate)
@@ -113,7 +118,8 @@ def plan_search(setup: Setup, budget: Budget) -> Plan:
     candidates = None if generations is None else generations * population
     per_candidate = setup.items_per_candidate
     final = sum(selection_items(setup).values())
-    parent_bytes, worker_bytes = _bytes(setup)
+    memory = plan_memory(setup, measured=measured)
+    check_fits(memory)
     return Plan(
         name=setup.config.name,
         dimension=setup.space.dimension,
@@ -129,9 +135,8 @@ def plan_search(setup: Setup, budget: Budget) -> Plan:
             split: minimum_detectable_effect({t: n for t, n in counts.items() if t != "all"}, weights)
             for split, counts in items.items()
         },
-        parent_bytes=parent_bytes,
-        worker_bytes=worker_bytes,
-        warnings=(*setup.warnings, *_warnings(setup, candidates)),
+        memory=memory,
+        warnings=(*setup.warnings, *_warnings(setup, candidates), *memory.warnings()),
     )
 
 
@@ -154,22 +159,3 @@ def _warnings(setup: Setup, candidates: int | None) -> list[str]:
         f"{candidates} candidates for {dimension} searched numbers: give at least {wanted}, or search fewer "
         "(depth: global, or per: shared)"
     ]
-
-
-def _bytes(setup: Setup) -> tuple[int, int]:
-    parents = sum(checkpoint.nbytes for checkpoint in setup.checkpoints.values())
-    widths = {"float32": 4, "bfloat16": 2, "float16": 2}
-    base = setup.checkpoints[BASE]
-    dtype = setup.config.output.dtype
-    live = sum(
-        math.prod(info.shape) * widths[dtype] if dtype else info.nbytes for info in base.tensors.values()
-    )
-    return parents, live
-
-
-def _size(number: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:.3g} TB"

@@ -201,7 +201,7 @@ def resume(
                 merged = {**current.model_dump(exclude_none=True), **budget}
                 current = validate(Budget, merged, "--budget")
                 store.set_meta(budget=current.model_dump(exclude_none=True))
-            setup = _set_up(config, folder / CONFIG, display, budget=current)
+            setup = _set_up(config, folder / CONFIG, display, budget=current, measured=_swap(store))
         except BaseException:
             store.close()
             raise
@@ -216,12 +216,29 @@ def executor_for(setup: Setup, config_file: Path | str) -> Executor:
         from evomerge.workers.local import LocalExecutor
 
         return LocalExecutor(spec)
+    from evomerge.searching.memory import workers_that_fit
     from evomerge.workers.ray_executor import RayExecutor
 
-    return RayExecutor(spec, setup.config.workers)
+    workers = setup.config.workers
+    if workers.count == "auto" and workers.address is None:
+        workers = workers.model_copy(update={"count": workers_that_fit(setup)})
+    return RayExecutor(spec, workers)
 
 
-def _set_up(config: Config, file: Path | str, display: Display, *, budget: Budget | None = None) -> Setup:
+def _swap(store: Store) -> tuple[float, float] | None:
+    """Return the mean seconds of a recipe's swaps so far, and their share of the workers' time."""
+    merging, scoring, recipes = store.seconds()
+    return (merging / recipes, merging / (merging + scoring)) if recipes else None
+
+
+def _set_up(
+    config: Config,
+    file: Path | str,
+    display: Display,
+    *,
+    budget: Budget | None = None,
+    measured: tuple[float, float] | None = None,
+) -> Setup:
     display.show(Status(state="starting", phase="reading models and tasks"))
     prepare(offline=not config.uses_hub)
     from evomerge.methods.registry import get_method
@@ -229,7 +246,7 @@ def _set_up(config: Config, file: Path | str, display: Display, *, budget: Budge
     from evomerge.searching.setup import provide_statistics, set_up
 
     setup = set_up(config, file=file)
-    display.say(str(plan_search(setup, budget or config.budget)))
+    display.say(str(plan_search(setup, budget or config.budget, measured=measured)))
     if get_method(config.space.method).needs:
         provide_statistics(setup, display.say)
     return setup

@@ -377,6 +377,13 @@ class Store:
             "cached_item_evaluations": cached,
         }
 
+    def seconds(self) -> tuple[float, float, int]:
+        """Return what workers spent with merging and with scoring, and on how many recipes."""
+        return self._db.execute(  # type: ignore[no-any-return]
+            "SELECT COALESCE(SUM(merge_seconds), 0), COALESCE(SUM(score_seconds), 0), "
+            "COUNT(DISTINCT CASE WHEN merge_seconds > 0 THEN recipe END) FROM results"
+        ).fetchone()
+
     def canonical(self) -> dict[str, list[tuple[Any, ...]]]:
         """Return the contents that do not depend on times, attempts or hosts."""
         return {

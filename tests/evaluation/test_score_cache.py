@@ -71,6 +71,16 @@ def test_a_task_may_be_called_otherwise(tmp_path: Path) -> None:
     assert {score.task for score in found.scores} == {"b"}
 
 
+def test_tasks_may_be_kept_out(tmp_path: Path) -> None:
+    parts = [PARTS[0], replace(PARTS[1], task="b")]
+    outcomes = [(part, outcome_of(part)) for part in parts]
+    for cache in (ScoreCache(tmp_path, "engine", unshared={"b"}), ScoreCache(tmp_path, "engine")):
+        cache.add("recipe", outcomes[:1] if cache.known("recipe", parts) else outcomes)
+        assert set(cache.known("recipe", parts)) == {parts[0].hash}
+    ScoreCache(tmp_path, "engine").add("recipe", outcomes)
+    assert set(ScoreCache(tmp_path, "engine", unshared="b").known("recipe", parts)) == {parts[0].hash}
+
+
 def test_damage_costs_only_what_is_damaged(tmp_path: Path) -> None:
     numbers = random.Random(0)
     cache = ScoreCache(tmp_path, "engine")

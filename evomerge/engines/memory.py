@@ -1,0 +1,77 @@
+"""About how much memory an engine works in, besides the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from evomerge.config import Engine as EngineConfig
+
+_LOGIT_COPIES = 3
+"""Logits in the model's number format, in float32, and what their sum makes of them."""
+_WIDE_ACTIVATIONS, _NARROW_ACTIVATIONS = 3, 8
+"""Activations of a layer that live at once: of the size of the feed-forward layer, and of the hidden size."""
+
+
+@dataclass(frozen=True)
+class WorkingMemory:
+    """Bytes beside the live model, about.
+
+    Attributes:
+        keys_and_values: of growing texts and of kept prefixes; None where the engine takes a share of the device
+            that it is told by its own options.
+        logits: of the positions that are scored at once.
+        activations: of one forward pass.
+    """
+
+    keys_and_values: int | None
+    logits: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All together, as far as it is known."""
+        return (self.keys_and_values or 0) + self.logits + self.activations
+
+
+def working_memory(
+    settings: EngineConfig, config: Mapping[str, Any], width: int, *, growing_tokens: int, prefix_tokens: int
+) -> WorkingMemory:
+    """Return about what an engine works in.
+
+    Args:
+        settings: decided.
+        config: the language model's Hugging Face config.
+        width: bytes of a weight.
+        growing_tokens: length of the longest text with what is generated; 0 where nothing is.
+        prefix_tokens: of the longest prefix that may be kept.
+    """
+    hidden = int(config.get("hidden_size") or config.get("n_embd") or 0)
+    wide = int(config.get("intermediate_size") or config.get("n_inner") or 4 * hidden)
+    vocabulary = int(config.get("vocab_size") or 0)
+    tokens = int(settings.batch_tokens)
+    activations = tokens * width * (_WIDE_ACTIVATIONS * wide + _NARROW_ACTIVATIONS * hidden)
+    if str(settings.type) != "hf":
+        return WorkingMemory(None, 0, activations)
+    # Imported here: they need torch, and other engines do without.
+    from evomerge.engines.generation import ROWS, SLOT_BYTES
+    from evomerge.engines.live import LOGITS_AT_ONCE
+    from evomerge.engines.prefixes import KEPT_BYTES
+
+    device = str(settings.device)
+    per_token = _token_bytes(config, width)
+    growing = min(SLOT_BYTES.get(device, 2**30), ROWS.get(device, 64) * growing_tokens * per_token)
+    kept = min(KEPT_BYTES, prefix_tokens * per_token)
+    rows = min(tokens, max(1, LOGITS_AT_ONCE.get(device, 2**22) // max(1, vocabulary)))
+    return WorkingMemory(growing + kept, rows * vocabulary * 4 * _LOGIT_COPIES, activations)
+
+
+def _token_bytes(config: Mapping[str, Any], width: int) -> int:
+    """Return the bytes of one token's keys and values in all layers."""
+    layers = int(config.get("num_hidden_layers") or config.get("n_layer") or 0)
+    heads = int(config.get("num_attention_heads") or config.get("n_head") or 1)
+    hidden = int(config.get("hidden_size") or config.get("n_embd") or 0)
+    pairs = int(config.get("num_key_value_heads") or heads)
+    size = int(config.get("head_dim") or hidden // heads)
+    return 2 * layers * pairs * size * width
