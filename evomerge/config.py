@@ -442,6 +442,7 @@ class Engine(Frozen):
     Attributes:
         type: transformers in the worker's process, or vLLM.
         device: where the model is.
+        dtype: number format of the live model; that of `output`, since what is scored is what is exported.
         batch_tokens: token budget of one forward pass.
         max_length: longest input, in tokens; the model's own length by default.
         options: of vLLM's engine arguments, those that are not decided by the rest of the config.
@@ -449,6 +450,7 @@ class Engine(Frozen):
 
     type: Literal["hf", "vllm"] = "hf"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     batch_tokens: Auto | Positive = "auto"
     max_length: Positive | None = None
     options: dict[str, Any] = Field(default_factory=dict)
@@ -527,6 +529,11 @@ class Config(Frozen):
     @model_validator(mode="after")
     def _consistent(self) -> Config:
         self.output.check(("base", *self.models.experts))
+        if self.engine.dtype != "auto" and self.output.dtype not in (None, self.engine.dtype):
+            raise ValueError(
+                f"engine.dtype: {self.engine.dtype}, but output.dtype is {self.output.dtype}; what is scored is what "
+                "is exported: give one of them only, or the same for both"
+            )
         method = get_method(self.space.method)
         try:
             base = "base" if self.space.base else None

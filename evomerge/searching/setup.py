@@ -144,19 +144,21 @@ def decide_engine(config: Config, base: Checkpoint) -> Config:
 
 
 def decide_output(config: Config, base: Checkpoint) -> tuple[Config, tuple[str, ...]]:
-    """Return the config with one number format for all tensors, and a warning if the base has several.
+    """Return the config with one number format for live model and output, and a warning if the base has several.
 
-    A live model has one number format, and what is scored is what is exported.
+    A live model has one number format, and what is scored is what is exported: `engine.dtype` and `output.dtype`
+    set each other; where neither is given and all tensors of the base have one format, each keeps it.
     """
     formats = {str(info.dtype).removeprefix("torch.") for info in base.tensors.values()}
-    if config.output.dtype is not None or len(formats) == 1:
-        return config, ()
     main = str(base.dtype).removeprefix("torch.")
-    output = config.output.model_copy(update={"dtype": main})
+    given = config.output.dtype or (None if config.engine.dtype == "auto" else config.engine.dtype)
+    mixed = given is None and len(formats) > 1
+    output = config.output.model_copy(update={"dtype": main if mixed else given})
+    engine = config.engine.model_copy(update={"dtype": output.dtype or "auto"})
     warning = (
         f"the base mixes {' and '.join(sorted(formats))}; merged models are {main} throughout (output.dtype)"
     )
-    return config.model_copy(update={"output": output}), (warning,)
+    return config.model_copy(update={"output": output, "engine": engine}), (warning,) if mixed else ()
 
 
 def decide_chat_template(

@@ -38,6 +38,19 @@ def test_one_format_is_left_as_it_is(family: dict[str, Path], tasks: Path, tmp_p
     assert decide_output(config, open_checkpoint(str(family["base"]))) == (config, ())
 
 
+def test_the_engine_and_the_output_have_one_number_format(
+    family: dict[str, Path], tasks: Path, tmp_path: Path
+) -> None:
+    path, base = make_config(tmp_path, family, tasks), open_checkpoint(str(family["base"]))
+    for written in ("engine.dtype=bfloat16", "output.dtype=bfloat16"):
+        config, warnings = decide_output(load_config(path, [written]), base)
+        assert config.engine.dtype == config.output.dtype == "bfloat16"
+        assert warnings == ()
+        assert decide_output(config, base) == (config, ())
+    with pytest.raises(UserError, match=r"engine\.dtype: float16, but output\.dtype is bfloat16"):
+        load_config(path, ["engine.dtype=float16", "output.dtype=bfloat16"])
+
+
 def test_hub_models_are_pinned_to_their_commit(family: dict[str, Path], tasks: Path, tmp_path: Path) -> None:
     config = load_config(make_config(tmp_path, family, tasks))
     base = config.models.base.model_copy(update={"path": "org/model", "revision": "main"})
