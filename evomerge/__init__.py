@@ -21,6 +21,7 @@ _PUBLIC = {
     "Run": "evomerge.searching.run",
     "merge": "evomerge.merging",
     "evaluate": "evomerge.scoring",
+    "evaluate_tasks": "evomerge.task_scoring",
     "extract_lora": "evomerge.extraction",
     "convert": "evomerge.checkpoints.conversion",
     "collect_statistics": "evomerge.statistics.collect",
@@ -37,6 +38,7 @@ __all__ = [
     "collect_statistics",
     "convert",
     "evaluate",
+    "evaluate_tasks",
     "extract_lora",
     "load_config",
     "load_recipe",
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
     from evomerge.scoring import evaluate
     from evomerge.searching.run import Run, resume, search
     from evomerge.statistics.collect import collect_statistics
+    from evomerge.task_scoring import evaluate_tasks
 
 
 def __getattr__(name: str) -> Any:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from evomerge.config import Config, load_config
+from evomerge.config import Config, Engine, load_config
 from evomerge.environment import prepare
 from evomerge.errors import CandidateFailed, UserError
 from evomerge.evaluation.items import ItemScore, Split
 from evomerge.mergekit import Reading, open_recipe
 from evomerge.recipe import Merge, Output, Recipe, Source
+
+if TYPE_CHECKING:
+    from evomerge.evaluation.report import MetricValue, Results
+    from evomerge.evaluation.suite import Suite
 
 log = logging.getLogger(__name__)
 
@@ -25,9 +29,12 @@ class Evaluation:
     Attributes:
         model: as named by the caller; a `Recipe` by its hash.
         split: the item set.
-        score: ``{mean, ci95, n, tasks: {name: {mean, ci95, n, truncated}}}`` in the metrics' own units;
+        score: ``{mean, ci95, n, tasks: {name: {mean, ci95, n, truncated}}}``. Tasks are in their metrics' own
+            units, the suite too unless their directions differ: then its values are mapped to [0, 1].
             truncated is the share of generated answers that were cut at their token limit.
         metrics: metric of each task.
+        lm_eval: task → its metrics as lm-eval reports them over these items: of tasks for which that is not the
+            mean over items, or of all.
         fingerprint: of the engine.
     """
 
@@ -36,6 +43,7 @@ class Evaluation:
     score: dict[str, Any]
     metrics: dict[str, str]
     fingerprint: str
+    lm_eval: Mapping[str, Sequence[MetricValue]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data."""
@@ -44,19 +52,27 @@ class Evaluation:
             "split": self.split,
             "score": self.score,
             "metrics": self.metrics,
+            "lm_eval": {
+                task: {value.name: value.to_dict() for value in values}
+                for task, values in self.lm_eval.items()
+            },
             "engine": self.fingerprint,
         }
 
     def __str__(self) -> str:
+        from evomerge.evaluation.report import shown
+
         rows = [("suite", "", self.score), *((t, self.metrics[t], e) for t, e in self.score["tasks"].items())]
         width = max(len(name) for name, _, _ in rows)
         lines = [f"{self.model}, {self.split} items"]
         for name, metric, entry in rows:
-            low, high = entry["ci95"]
+            low, high = map(shown, entry["ci95"])
             lines.append(
-                f"  {name:<{width}}  {entry['mean']:.3f}  [{low:.3f}, {high:.3f}]  n={entry['n']}  {metric}"
+                f"  {name:<{width}}  {shown(entry['mean'])}  [{low}, {high}]  n={entry['n']}  {metric}"
                 f"{_cut(entry)}".rstrip()
             )
+            for value in self.lm_eval.get(name, ()) if metric else ():
+                lines.append(f"  {'':<{width}}  lm-eval: {value}")
         return "\n".join(lines)
 
 
@@ -71,20 +87,29 @@ def evaluate(
     *,
     split: Split = "validation",
     overrides: Sequence[str] = (),
+    base: Path | str | None = None,
+    dtype: str | None = None,
+    all_metrics: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
-    """Score a model folder, a recipe file, a run's recipe or a `Recipe` on a config's suite.
+    """Score a model on a config's suite.
 
     Args:
-        model: what to score; a folder is scored with its own tokenizer.
+        model: a folder or hub id, a LoRA adapter, a recipe or mergekit YAML, a run directory, or a `Recipe`; a
+            folder is scored with its own tokenizer.
         suite: the config (file) whose suite, splits and engine are used.
         split: ``search``, ``validation`` or ``test``.
         overrides: ``a.b=value`` strings for the config.
+        base: what an adapter lies on, if not the model that it names.
+        dtype: of the weights, if not their own.
+        all_metrics: report all metrics of lm-eval's tasks, not only the one that is fitness.
+        progress: called with (items answered, in all).
 
     Raises:
         UserError: the model or the config; also if the model's answers cannot be scored.
     """
     config = suite if isinstance(suite, Config) else load_config(suite, overrides)
-    reading = Reading(model) if isinstance(model, Recipe) else reading_of(str(model))
+    reading = model_reading(model, base=base, dtype=dtype, engine=config.engine)
     recipe = reading.recipe
     if split == "test" and not isinstance(model, Recipe):
         _refuse_early_opening(Path(model))
@@ -106,27 +131,30 @@ def evaluate(
     with reading.in_file():
         recipe = pin(recipe, checkpoints)
         plan = plan_merge(recipe, checkpoints)
-    label = f"recipe {recipe.hash}" if isinstance(model, Recipe) else str(model)
+    label = label_of(model, recipe)
     config = decide_engine(config, checkpoints[plan.donor])
     tokenizer = output_tokenizer(recipe, checkpoints)
-    file = None if isinstance(suite, Config) else suite
+    file = None if isinstance(suite, Config) else str(suite)
     config = decide_chat_template(config, checkpoints, tokenizer, file, {"model": label})
-    built = Suite.build(
-        config.suite,
-        config.splits,
-        tokenizer,
-        splits_needed=(split,),
-        file=None if isinstance(suite, Config) else str(suite),
-    )
+    built = Suite.build(config.suite, config.splits, tokenizer, splits_needed=(split,), file=file)
+    reported = {
+        task.name
+        for task in built.tasks
+        if (scorer := built.harness(task.name)) is not None and (all_metrics or not scorer.means)
+    }
+    host = open_host(config.engine, checkpoints, tokenizer)
+    table: dict[str, dict[str, ItemScore]] = {}
+    results: dict[str, dict[tuple[str, str], list[Any]]] = {name: {} for name in reported}
     try:
-        engine = open_host(config.engine, checkpoints, tokenizer).hold(recipe)
+        engine = host.hold(recipe)
         parts = [part for block in built.fixed_blocks(split, packing=engine.packing) for part in block.parts]
         cache = ScoreCache(
             scores_folder(config.cache.scores), engine.fingerprint, log.warning, unshared=built.unshared
         )
         identity = Identities(checkpoints).of(recipe)
         known = cache.known(identity, parts)
-        table: dict[str, dict[str, ItemScore]] = {}
+        total, done = sum(len(part.items) for part in parts), 0
+        progress(0, total)
         for part in parts:
             if part.hash not in known:
                 known[part.hash] = built.score_part(engine, part)
@@ -135,17 +163,67 @@ def evaluate(
             if outcome.failure is not None:
                 raise CandidateFailed(outcome.failure)
             table.setdefault(part.task, {}).update({item.item: item for item in outcome.scores})
+            if part.task in reported:
+                for key, found in built.results(engine, part).items():
+                    results[part.task].setdefault(key, []).extend(found)
+            done += len(part.items)
+            progress(done, total)
+        fingerprint = engine.fingerprint
     except CandidateFailed as reason:
         raise UserError(f"{label}: cannot be scored: {reason}") from None
-    raw = all(task.higher_is_better for task in built.tasks)
-    result = score(values_of(table, raw=raw), built.weights, seed=config.seed)
+    finally:
+        host.close()
+    scored = score_dict(score(values_of(table, raw=True), built.weights, seed=config.seed), table)
+    if len({task.higher_is_better for task in built.tasks}) > 1:
+        mapped = score_dict(score(values_of(table), built.weights, seed=config.seed), table)
+        scored = mapped | {"tasks": scored["tasks"]}
     return Evaluation(
         model=label,
         split=split,
-        score=score_dict(result, table),
+        score=scored,
         metrics={task.name: task.metric for task in built.tasks},
-        fingerprint=engine.fingerprint,
+        fingerprint=fingerprint,
+        lm_eval=_reports(built, results, all_metrics, config.seed),
     )
+
+
+def _reports(
+    suite: Suite, results: Mapping[str, Results], all_metrics: bool, seed: int
+) -> dict[str, list[MetricValue]]:
+    """Return what lm-eval reports of some tasks: all metrics, or the one that is fitness."""
+    from evomerge.evaluation.report import report
+
+    reports = {}
+    for task in suite.tasks:
+        scorer = suite.harness(task.name) if task.name in results else None
+        if scorer is not None:
+            chosen = {
+                key: found
+                for key, found in results[task.name].items()
+                if all_metrics or key == (task.metric, task.filter)
+            }
+            reports[task.name] = report(scorer.task, task.name, chosen, seed=seed)
+    return reports
+
+
+def label_of(model: Path | str | Recipe, recipe: Recipe) -> str:
+    """Return what reports call a model: as it was named; a `Recipe` by the hash of what it is pinned to."""
+    return f"recipe {recipe.hash}" if isinstance(model, Recipe) else str(model)
+
+
+def model_reading(
+    model: Path | str | Recipe, *, base: Path | str | None, dtype: str | None, engine: Engine
+) -> Reading:
+    """Return a model in any form as a recipe; see `evaluate`. The engine's dtype counts where nothing else is said."""
+    reading = Reading(model) if isinstance(model, Recipe) else reading_of(str(model), base)
+    if base is not None and isinstance(model, Recipe):
+        raise UserError("--base: it is for adapters; a recipe names its models itself")
+    if dtype is None and reading.recipe.output.dtype is None and engine.dtype != "auto":
+        dtype = engine.dtype
+    if dtype is None:
+        return reading
+    output = reading.recipe.output.model_copy(update={"dtype": dtype})
+    return replace(reading, recipe=reading.recipe.model_copy(update={"output": output}))
 
 
 def _refuse_early_opening(run: Path) -> None:
@@ -157,20 +235,31 @@ def _refuse_early_opening(run: Path) -> None:
         )
 
 
-def reading_of(text: str) -> Reading:
-    """Return the recipe of a recipe file, of a run directory, or of a single model."""
+def reading_of(text: str, base: Path | str | None = None) -> Reading:
+    """Return the recipe of a recipe file, of a run directory, or of a single model, an adapter on its base."""
     path = Path(text).expanduser()
-    if path.is_file():
-        return open_recipe(path)
+    is_recipe = path.is_file() or text == "-" or (path / "run.db").exists()
+    if is_recipe and base is not None:
+        raise UserError(f"--base: it is for adapters; {text} is a recipe, which names its models itself")
     if (path / "run.db").exists():
         if not (path / "recipe.yaml").exists():
             raise UserError(f"{path}: this run has no recipe yet; its first generation is not complete")
         return open_recipe(path / "recipe.yaml")
-    source = str(path.resolve()) if path.exists() else text
+    if is_recipe:
+        return open_recipe(text if text == "-" else path)
+    if base is None:
+        source = Source(source=_located(text))
+    else:
+        source = Source(source=_located(str(base)), adapter=_located(text))
     recipe = Recipe(
-        models={"model": Source(source=source)},
+        models={"model": source},
         merges={"merged": Merge(method="linear", inputs=("model",), parameters={"weight": 1.0})},
         output=Output(tokenizer="model", chat_template="model"),
     )
     # The user names the model and knows of no recipe.
     return Reading(recipe, keys={"models.model": ""})
+
+
+def _located(text: str) -> str:
+    path = Path(text).expanduser()
+    return str(path.resolve()) if path.exists() else text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -10,6 +12,9 @@ from evomerge.signals import stopped_by_signals
 
 Show = Callable[[int, int], None]
 """Called with (done, in all)."""
+
+LINE_SECONDS = 5.0
+"""How often a line tells the progress where there is no terminal."""
 
 
 @contextmanager
@@ -57,3 +62,24 @@ def progress_bar(
             display.update(task, description=working, completed=done, total=total)
 
         yield show, console.print
+
+
+@contextmanager
+def item_progress(working: str, *, quiet: bool) -> Iterator[Show]:
+    """Show how many items are done: a bar on a terminal, otherwise a line every few seconds, if not `quiet`."""
+    if quiet:
+        yield lambda done, total: None
+        return
+    if sys.stderr.isatty():
+        with progress_bar("setting up", working, in_bytes=False) as (show, _):
+            yield show
+        return
+    shown = time.monotonic()
+
+    def line(done: int, total: int) -> None:
+        nonlocal shown
+        if time.monotonic() - shown >= LINE_SECONDS and total:
+            shown = time.monotonic()
+            print(f"{working}: {done} of {total} ({done / total:.0%})", file=sys.stderr, flush=True)
+
+    yield line

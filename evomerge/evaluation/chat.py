@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from evomerge.config import Suite as SuiteConfig
 from evomerge.errors import UserError, at, nearest
+from evomerge.evaluation.requests import Loglikelihood, Request
 
 ChatTemplate = Callable[..., str]
 
@@ -92,6 +93,15 @@ def prompt_style(config: SuiteConfig, tokenizer: Any, file: Path | str | None) -
         template = _renderer(tokenizer, text, arguments)
     multiturn = template is not None and config.fewshot_as_multiturn is not False
     return PromptStyle(template, config.system_instruction, multiturn, config.think_end_token, thinks)
+
+
+def check_thinking(requests: Iterable[Request], style: PromptStyle, task: str, place: str) -> None:
+    """Refuse log-probabilities of given answers where the model is to think first, as lm-eval does."""
+    if style.thinks and any(isinstance(request, Loglikelihood) for request in requests):
+        raise UserError(
+            f"{place}task '{task}' scores given answers, before which a model cannot think; take it out, or set "
+            "suite.chat_template_args.enable_thinking to false"
+        )
 
 
 def decide_chat(

@@ -113,13 +113,10 @@ class Questions:
 def ask_of(entries: Iterable[Entry]) -> Questions:
     """Collect what a part's entries ask: requests of one kind go to the engine together."""
     entries = tuple(entries)
-    asked: dict[type, tuple[Request, ...]] = {
-        kind: tuple(request for entry in entries for request in entry.requests if isinstance(request, kind))
-        for kind in REQUEST_KINDS
-    }
     groups: dict[int, tuple[Scorer, list[int]]] = {}
     for place, entry in enumerate(entries):
         groups.setdefault(id(entry.scorer), (entry.scorer, []))[1].append(place)
+    asked = _by_kind(entry.requests for entry in entries)
     return Questions(entries, asked, tuple((scorer, tuple(places)) for scorer, places in groups.values()))
 
 
@@ -129,7 +126,23 @@ def answer(engine: Engine, questions: Questions) -> list[Reply]:
     Raises:
         CandidateFailed: a log-probability or a logit is not finite.
     """
-    asked: Mapping[type, Any] = questions.asked
+    answers = _answers(engine, questions.asked, [entry.requests for entry in questions.entries])
+    return [Reply(entry, given) for entry, given in zip(questions.entries, answers, strict=True)]
+
+
+def ask(engine: Engine, groups: Sequence[tuple[Request, ...]]) -> list[tuple[Answer, ...]]:
+    """Return the answers to groups of requests that are asked together and once; otherwise as `answer`."""
+    return _answers(engine, _by_kind(groups), groups)
+
+
+def _by_kind(groups: Iterable[tuple[Request, ...]]) -> Mapping[type, tuple[Request, ...]]:
+    requests = [request for group in groups for request in group]
+    return {kind: tuple(r for r in requests if isinstance(r, kind)) for kind in REQUEST_KINDS}
+
+
+def _answers(
+    engine: Engine, asked: Mapping[type, Any], groups: Sequence[tuple[Request, ...]]
+) -> list[tuple[Answer, ...]]:
     answers: dict[type, Sequence[Answer]] = {}
     if asked[Loglikelihood]:
         pairs = engine.loglikelihood(asked[Loglikelihood])
@@ -141,10 +154,7 @@ def answer(engine: Engine, questions: Questions) -> list[Reply]:
     if asked[Generation]:
         answers[Generation] = engine.generate(asked[Generation])
     streams = {kind: iter(given) for kind, given in answers.items()}
-    return [
-        Reply(entry, tuple(next(streams[type(request)]) for request in entry.requests))
-        for entry in questions.entries
-    ]
+    return [tuple(next(streams[type(request)]) for request in group) for group in groups]
 
 
 def given_by(questions: Questions, replies: Sequence[Reply]) -> dict[str, Answers]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,15 @@ from evomerge.evaluation.guards import Answers
 from evomerge.evaluation.items import Item, Split
 from evomerge.evaluation.metrics import Metric, choose_metric
 from evomerge.evaluation.preview import Preview
-from evomerge.evaluation.requests import Engine, Generated, Generation, Loglikelihood, Request, Rolling
+from evomerge.evaluation.requests import (
+    Answer,
+    Engine,
+    Generated,
+    Generation,
+    Loglikelihood,
+    Request,
+    Rolling,
+)
 from evomerge.evaluation.splits import TaskSplits
 from evomerge.evaluation.tasks import build_instances, item_id, load_source, request_of, stops_of
 
@@ -124,6 +132,22 @@ class HarnessScorer:
         self._fill(replies)
         return [self._metric.item(self._result(reply.entry), reply.entry.item.task) for reply in replies]
 
+    @property
+    def task(self) -> Any:
+        """The lm-eval task."""
+        return self._task
+
+    @property
+    def means(self) -> bool:
+        """Whether lm-eval reports the mean of what an item scores, too."""
+        return self._metric.kind in ("share", "brier")
+
+    def results(self, replies: Sequence[Reply]) -> dict[tuple[str, str], list[Any]]:
+        """Return (metric, filter) → what each item earned, of all of the task's metrics."""
+        self._fill(replies)
+        asked = [reply.entry.material.instances for reply in replies]
+        return results_of(self._task, replies[0].entry.item.task, asked)
+
     def given(self, replies: Sequence[Reply]) -> Answers | None:
         """Return the chosen choices or the generated texts."""
         references = [reply.entry.material.gold for reply in replies]
@@ -173,34 +197,14 @@ class HarnessScorer:
         return Preview(task, request.context, shown, choice, reference, raw, True)
 
     def _fill(self, replies: Sequence[Reply]) -> None:
-        """Give every instance its response, in place of any earlier one; then filter."""
-        instances = []
-        for reply in replies:
-            for instance, answer in zip(reply.entry.material.instances, reply.answers, strict=True):
-                response = (
-                    self._style.answer(answer.text, stops_of(instance))
-                    if isinstance(answer, Generated)
-                    else answer
-                )
-                instance.resps = [response] * max(1, instance.repeats or 1)
-                instance.filtered_resps = {}
-                instances.append(instance)
-        self._task.filter_responses(instances)
+        fill(self._task, self._style, ((reply.entry.material.instances, reply.answers) for reply in replies))
 
     def _result(self, entry: Entry) -> Any:
         """Return the item's metric as the task computes it."""
-        instances, name = entry.material.instances, entry.item.task
-        filtered = [instance.filtered_resps[self._metric.filter] for instance in instances]
-        try:
-            results: Mapping[str, Any] = self._task.process_results(instances[0].doc, filtered)
-        except Exception as error:
-            raise UserError(
-                f"task '{name}': its metrics cannot be computed for document {entry.item.index}: "
-                f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
-            ) from error
+        results = computed(self._task, entry.item.task, entry.material.instances, self._metric.filter)
         if self._metric.name not in results:
             raise UserError(
-                f"task '{name}': no '{self._metric.name}' among its results; choose one of "
+                f"task '{entry.item.task}': no '{self._metric.name}' among its results; choose one of "
                 f"{', '.join(results)}"
             )
         return results[self._metric.name]
@@ -210,6 +214,53 @@ class HarnessScorer:
         filters = self._task.config.filter_list or []
         steps = [step for f in filters if f["name"] == self._metric.filter for step in f["filter"]]
         return {"[invalid]", *(str(step["fallback"]) for step in steps if "fallback" in step)}
+
+
+def fill(task: Any, style: PromptStyle, asked: Iterable[tuple[Sequence[Any], Sequence[Answer]]]) -> None:
+    """Give every lm-eval instance its response, in place of any earlier one; then filter.
+
+    Args:
+        task: the lm-eval task.
+        style: how prompts were written.
+        asked: each document's instances, with the answers to them.
+    """
+    filled = []
+    for instances, answers in asked:
+        for instance, answer in zip(instances, answers, strict=True):
+            response: Any = answer
+            if isinstance(answer, Generated):
+                response = style.answer(answer.text, stops_of(instance))
+            instance.resps = [response] * max(1, instance.repeats or 1)
+            instance.filtered_resps = {}
+            filled.append(instance)
+    task.filter_responses(filled)
+
+
+def computed(task: Any, name: str, instances: Sequence[Any], filter_: str) -> Mapping[str, Any]:
+    """Return a document's metrics behind a filter, as the task computes them from its filled instances.
+
+    Raises:
+        UserError: the task's own code fails.
+    """
+    filtered = [instance.filtered_resps[filter_] for instance in instances]
+    try:
+        results: Mapping[str, Any] = task.process_results(instances[0].doc, filtered)
+    except Exception as error:
+        raise UserError(
+            f"task '{name}': its metrics cannot be computed for document {instances[0].doc_id}: "
+            f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
+        ) from error
+    return results
+
+
+def results_of(task: Any, name: str, documents: Sequence[Sequence[Any]]) -> dict[tuple[str, str], list[Any]]:
+    """Return (metric, filter) → what each document's filled instances earned, of all metrics and filters."""
+    results: dict[tuple[str, str], list[Any]] = {}
+    for instances in documents:
+        for filter_ in instances[0].filtered_resps:
+            for metric, value in computed(task, name, instances, filter_).items():
+                results.setdefault((metric, filter_), []).append(value)
+    return results
 
 
 def _gold(task: Any, doc: Any) -> tuple[Any, tuple[str, ...] | None]:

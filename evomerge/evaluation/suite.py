@@ -13,15 +13,15 @@ from evomerge.config import AnyTaskSpec, Splits, TaskSpec, TextSpec
 from evomerge.config import Suite as SuiteConfig
 from evomerge.errors import CandidateFailed, UserError, at, nearest
 from evomerge.evaluation.blocks import cut_blocks, fixed_blocks, put_together
-from evomerge.evaluation.chat import PromptStyle, prompt_style
+from evomerge.evaluation.chat import PromptStyle, check_thinking, prompt_style
 from evomerge.evaluation.entries import Entry, Questions, Task, answer, ask_of, given_by, score_all
 from evomerge.evaluation.guards import constant_of
-from evomerge.evaluation.harness import HarnessTask
+from evomerge.evaluation.harness import HarnessScorer, HarnessTask
 from evomerge.evaluation.items import SPLITS, Block, Item, ItemScore, Part, PartOutcome, Split
 from evomerge.evaluation.library import Library, specs_of
 from evomerge.evaluation.own import PythonTask, check_python
 from evomerge.evaluation.preview import Preview
-from evomerge.evaluation.requests import Engine, Loglikelihood, Request
+from evomerge.evaluation.requests import Engine, Request
 from evomerge.evaluation.splits import GROUP_HELP
 from evomerge.evaluation.texts import TextTask
 
@@ -99,7 +99,8 @@ class Suite:
             counts: dict[Split, int] = {split: len(documents) for split, documents in task.documents.items()}
             for split in needed:
                 rendered = _unique(task.entries(split), spec.name, split)
-                _check_thinking(rendered, style, spec.name, at(file, key))
+                asked = (request for entry in rendered for request in entry.requests)
+                check_thinking(asked, style, spec.name, at(file, key))
                 entries[split] += rendered
                 counts[split] = len(rendered)
             _check_disjoint(entries, spec.name, at(file, key))
@@ -186,6 +187,21 @@ class Suite:
             ),
             constant=next((constant_of(answers) for answers in given), None),
         )
+
+    def harness(self, task: str) -> HarnessScorer | None:
+        """Return the scorer of a task that lm-eval scores; None for others."""
+        entries = (entry for entry in self._known.values() if entry.item.task == task)
+        scorer = next(entries).scorer
+        return scorer if isinstance(scorer, HarnessScorer) else None
+
+    def results(self, engine: Engine, part: Part) -> dict[tuple[str, str], list[Any]]:
+        """Return (metric, filter) → what each item of a part earned, of all metrics of a task that lm-eval scores.
+
+        Raises:
+            CandidateFailed: a log-probability or a logit is not finite.
+        """
+        scorer = self.harness(part.task)
+        return {} if scorer is None else scorer.results(answer(engine, self._asked(part)))
 
     def score(self, engine: Engine, block: Block, *, check_degenerate: bool = True) -> tuple[ItemScore, ...]:
         """Score a block's items with the weights that the engine holds now.
@@ -299,14 +315,6 @@ def first_prompt(
         if isinstance(task, HarnessTask) and (prompt := task.prompt()) is not None:
             return prompt
     return None
-
-
-def _check_thinking(entries: Sequence[Entry], style: PromptStyle, task: str, place: str) -> None:
-    if style.thinks and any(isinstance(r, Loglikelihood) for entry in entries for r in entry.requests):
-        raise UserError(
-            f"{place}task '{task}' scores given answers, before which a model cannot think; take it out, or set "
-            "suite.chat_template_args.enable_thinking to false"
-        )
 
 
 def _check_name(owners: dict[str, str], name: str, key: str, file: Path | str | None) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evomerge.config import Config, ModelRef
+from evomerge.config import Config, Engine, ModelRef
 from evomerge.data_config import TaskItems, TextFile
 from evomerge.environment import prepare
 from evomerge.evaluation.items import SPLITS, Block, Item, Split
@@ -121,7 +121,12 @@ def _sources(config: Config) -> dict[str, Source]:
 
 
 def decide_engine(config: Config, base: Checkpoint) -> Config:
-    """Return the config with the engine's device, token budget and context length decided.
+    """Return the config with the engine's device, token budget and context length decided; see `decided`."""
+    return config.model_copy(update={"engine": decided(config.engine, base)})
+
+
+def decided(engine: Engine, base: Checkpoint) -> Engine:
+    """Return an engine's settings with device, token budget and context length decided.
 
     Raises:
         UserError: the engine is not installed, or does not know an option.
@@ -130,7 +135,6 @@ def decide_engine(config: Config, base: Checkpoint) -> Config:
 
     from evomerge.engines import check_engine, default_batch_tokens
 
-    engine = config.engine
     device = engine.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -138,9 +142,9 @@ def decide_engine(config: Config, base: Checkpoint) -> Config:
         default_batch_tokens(engine.type, device) if engine.batch_tokens == "auto" else engine.batch_tokens
     )
     length = engine.max_length or int(base.text_config.get("max_position_embeddings") or 2048)
-    decided = engine.model_copy(update={"device": device, "batch_tokens": tokens, "max_length": length})
-    check_engine(decided)
-    return config.model_copy(update={"engine": decided})
+    settings = engine.model_copy(update={"device": device, "batch_tokens": tokens, "max_length": length})
+    check_engine(settings)
+    return settings
 
 
 def decide_output(config: Config, base: Checkpoint) -> tuple[Config, tuple[str, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from evomerge import scoring
 from evomerge.errors import UserError
+from evomerge.task_scoring import evaluate_tasks
+from tests.adapters import make_adapter
+from tests.evaluation.tiny import write_task
 from tests.tasks import make_tasks
 
 
@@ -98,3 +102,47 @@ def test_the_network_is_forbidden_unless_the_model_is_a_hub_id(config, monkeypat
     with pytest.raises(Prepared):
         scoring.evaluate(model, config)
     assert asked == {"offline": offline}
+
+
+def test_what_lm_eval_reports_otherwise_is_shown_beside(config, family, tmp_path):
+    tasks = tmp_path / "more"
+    for kind in ("likelihood", "rolling", "choice"):
+        write_task(tasks, kind, kind)
+    listed = ["choice", {"task": "likelihood", "metric": "perplexity"}, "rolling"]
+    changes = [f"suite.include=[{tasks}]", f"suite.tasks={json.dumps(listed)}"]
+    steps: list[tuple[int, int]] = []
+    for _ in range(2):
+        found = scoring.evaluate(
+            family["a"], config, overrides=changes, progress=lambda *step: steps.append(step)
+        )
+        assert set(found.lm_eval) == {"likelihood", "rolling"}
+        # The suite's own mean is over items, lm-eval's over all words or bytes together.
+        with_tasks = evaluate_tasks(
+            family["a"], ["likelihood", "rolling"], include=[str(tasks)], split="validation"
+        )
+        for task, metric in (("likelihood", "perplexity"), ("rolling", "bits_per_byte")):
+            (value,) = found.lm_eval[task]
+            theirs = next(v for v in with_tasks.tasks[task].metrics if v.metric == metric)
+            assert value.value == pytest.approx(theirs.value, rel=1e-5)
+            assert value.metric == metric
+    assert steps[0] == (0, 36)
+    assert steps[-1] == (36, 36)
+    # Tasks of two directions: the suite is mapped to [0, 1], each task is in its own units.
+    assert 0 <= found.score["mean"] <= 1
+    assert found.score["tasks"]["rolling"]["mean"] > 1
+    every = scoring.evaluate(family["a"], config, overrides=changes, all_metrics=True)
+    assert [value.name for value in every.lm_eval["choice"]] == ["acc,none", "acc_norm,none"]
+    assert every.lm_eval["choice"][0].value == pytest.approx(every.score["tasks"]["choice"]["mean"])
+    assert every.score == found.score
+    assert str(every).count("lm-eval: ") == 7
+    assert json.loads(json.dumps(every.to_dict()))["lm_eval"]["rolling"]["bits_per_byte,none"]["n"] == 12
+
+
+def test_an_adapter_on_a_base_of_ones_own_choosing(config, family, tmp_path):
+    adapter = make_adapter(tmp_path / "lora", family["base"], size=0.3)
+    alone = scoring.evaluate(adapter, config)
+    assert scoring.evaluate(adapter, config, base=family["base"]).score == alone.score
+    other = scoring.reading_of(str(adapter), family["a"]).recipe.models["model"]
+    assert (other.source, other.adapter) == (str(family["a"]), str(adapter))
+    with pytest.raises(UserError, match="--base: it is for adapters"):
+        scoring.evaluate(scoring.reading_of(str(family["a"])).recipe, config, base=family["base"])
