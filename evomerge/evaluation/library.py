@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
+import importlib.util
+import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.config import TaskSpec
+from evomerge.environment import cache_folder
 from evomerge.errors import UserError, at, nearest
 from evomerge.evaluation.definitions import (
     Definition,
@@ -280,7 +286,58 @@ def _aggregates(keys: Mapping[str, Any], path: Path) -> tuple[Aggregate, ...]:
 
 @functools.cache
 def lm_eval_index() -> Index:
-    """Return where lm-eval's own tasks, groups and tags are defined."""
+    """Return where lm-eval's own tasks, groups and tags are defined.
+
+    Reading its 14,000 YAMLs takes many seconds, so the index is kept in the cache folder for as long as they
+    stay the same.
+    """
+    root = _own_tasks()
+    kept = cache_folder() / "lm-eval-index" / f"{_state_of(root)}.json"
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        data = json.loads(kept.read_text(encoding="utf-8"))
+        return Index(_placed(data["tasks"], root), _placed(data["groups"], root), data["tags"])
+    index = _read_lm_eval_index()
+    data = {
+        "tasks": {name: os.path.relpath(path, root) for name, (path,) in index.tasks.items()},
+        "groups": {name: os.path.relpath(path, root) for name, (path,) in index.groups.items()},
+        "tags": index.tags,
+    }
+    # An index that cannot be kept is read again the next time.
+    with contextlib.suppress(OSError):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        part = kept.with_suffix(f".{os.getpid()}.part")
+        part.write_text(json.dumps(data), encoding="utf-8")
+        part.replace(kept)
+    return index
+
+
+def _own_tasks() -> Path:
+    spec = importlib.util.find_spec("lm_eval")
+    assert spec is not None
+    assert spec.submodule_search_locations
+    return Path(next(iter(spec.submodule_search_locations))).resolve() / "tasks"
+
+
+def _state_of(root: Path) -> str:
+    """Return a digest that changes when a YAML is added, removed or edited."""
+    digest = hashlib.sha256(f"v1 {root}".encode())
+    for folder, folders, files in os.walk(root):
+        folders.sort()
+        for name in sorted(file for file in files if file.endswith(".yaml")):
+            path = os.path.join(folder, name)
+            state = os.stat(path)
+            digest.update(f"{path}\0{state.st_size}\0{state.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:32]
+
+
+def _placed(paths: Mapping[str, str], root: Path) -> dict[str, list[str]]:
+    placed = {name: Path(os.path.normpath(root / path)) for name, path in paths.items()}
+    if not all(path.is_relative_to(root) for path in placed.values()):
+        raise ValueError("the index names files of others")
+    return {name: [str(path)] for name, path in placed.items()}
+
+
+def _read_lm_eval_index() -> Index:
     from lm_eval.tasks import TaskManager
 
     index = Index()

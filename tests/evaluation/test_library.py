@@ -208,6 +208,38 @@ def test_an_initial_config_of_a_group(folder: Path, family: dict[str, Path]) -> 
     assert [(task["task"], task["weight"]) for task in tasks] == [("one", 0.5), ("single", 0.5)]
 
 
+def test_the_index_of_lm_evals_own_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from evomerge.evaluation import library
+
+    root = (tmp_path / "tasks").resolve()
+    root.mkdir()
+    (root / "a.yaml").write_text("task: a\n")
+    made: list[int] = []
+
+    def make() -> library.Index:
+        made.append(1)
+        return library.Index({"a": [str(root / "a.yaml")]}, {}, {"tag": ["a"]})
+
+    monkeypatch.setenv("EVOMERGE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(library, "_own_tasks", lambda: root)
+    monkeypatch.setattr(library, "_read_lm_eval_index", make)
+    indexes = []
+    for _ in range(2):
+        library.lm_eval_index.cache_clear()
+        indexes.append(library.lm_eval_index())
+    assert indexes[0] == indexes[1]
+    (kept,) = (tmp_path / "cache" / "lm-eval-index").iterdir()
+    for text in ("{", "[]", kept.read_text().replace("a.yaml", "../b.yaml")):
+        kept.write_text(text)
+        library.lm_eval_index.cache_clear()
+        assert library.lm_eval_index() == indexes[0]
+    (root / "b.yaml").write_text("task: b\n")
+    library.lm_eval_index.cache_clear()
+    library.lm_eval_index()
+    assert len(made) == 5
+    library.lm_eval_index.cache_clear()
+
+
 @pytest.mark.slow
 def test_lm_evals_own_tasks_groups_and_tags() -> None:
     library = Library((), None)
