@@ -389,6 +389,20 @@ AnyTaskSpec = Annotated[
 ]
 
 
+class Screen(Frozen):
+    """A cheap first look at every candidate of a generation; only the best of them answer the full suite.
+
+    Attributes:
+        metric: the probability of the right answers, as for a task.
+        tasks: whose items are asked, by the names that results call them; by default all with reference answers.
+        keep: share of a generation that answers the full suite.
+    """
+
+    metric: Literal["gold_nll", "gold_bits_per_byte"] = "gold_bits_per_byte"
+    tasks: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    keep: Annotated[Number, Field(gt=0, le=1)] = 0.5
+
+
 class Suite(Frozen):
     """What is scored: weighted tasks.
 
@@ -403,6 +417,7 @@ class Suite(Frozen):
         system_instruction: put before each task's description.
         fewshot_as_multiturn: whether few-shot examples are turns of their own in a chat (by default they are).
         think_end_token: what ends an answer's thinking; the answer is what follows it.
+        screen: a cheap first look at each candidate of a search; none by default.
         trust_task_code: allow `python` entries, and task YAMLs outside lm-eval's package, to call Python.
         allow_code_execution: allow tasks that execute generated code.
     """
@@ -416,6 +431,7 @@ class Suite(Frozen):
     system_instruction: Annotated[str, Field(min_length=1)] | None = None
     fewshot_as_multiturn: bool | None = None
     think_end_token: Annotated[str, Field(min_length=1)] | None = None
+    screen: Screen | None = None
     trust_task_code: bool = False
     allow_code_execution: bool = False
 

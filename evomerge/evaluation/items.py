@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-Split = Literal["search", "validation", "test"]
+Split = Literal["search", "validation", "test", "screen"]
+"""A set of items. Those of ``screen`` are search items asked once more (see `evomerge.evaluation.screen`)."""
+
 SPLITS: tuple[Split, ...] = ("search", "validation", "test")
+"""The disjoint sets into which the documents of a task fall."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,7 @@ class Item:
     Attributes:
         id: sha256 over the task's config with its metric, the rendered requests and the references.
         task: name of the suite's task.
-        split: which of the three disjoint sets it belongs to.
+        split: which set it belongs to.
         index: position among the documents of the task's data split.
     """
 

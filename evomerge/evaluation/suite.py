@@ -22,6 +22,7 @@ from evomerge.evaluation.library import Library, specs_of
 from evomerge.evaluation.own import PythonTask, check_python
 from evomerge.evaluation.preview import Preview
 from evomerge.evaluation.requests import Engine, Request
+from evomerge.evaluation.screen import SUFFIX, screen_entries
 from evomerge.evaluation.splits import GROUP_HELP
 from evomerge.evaluation.texts import TextTask
 
@@ -59,8 +60,15 @@ class Suite:
         tasks: the tasks, in the config's order.
     """
 
-    def __init__(self, tasks: Sequence[SuiteTask], entries: Mapping[Split, Sequence[Entry]]) -> None:
+    def __init__(
+        self,
+        tasks: Sequence[SuiteTask],
+        entries: Mapping[Split, Sequence[Entry]],
+        screen: Mapping[str, str] | None = None,
+    ) -> None:
+        """Keep what `build` has rendered; `screen` maps the search items that are screened to what is asked then."""
         self.tasks = tuple(tasks)
+        self._screen = dict(screen or {})
         self._entries = {
             split: {entry.item.id: entry for entry in ordered} for split, ordered in entries.items()
         }
@@ -115,12 +123,22 @@ class Suite:
                     counts=counts,
                 )
             )
-        return cls(tasks, entries)
+        screen: dict[str, Entry] = {}
+        if config.screen is not None and "search" in needed:
+            screen = screen_entries(config.screen, entries["search"], at(file, "suite.screen"))
+            entries["screen"] = list(screen.values())
+        return cls(tasks, entries, {item: entry.item.id for item, entry in screen.items()})
 
     @property
     def weights(self) -> dict[str, float]:
         """Task name → weight."""
         return {task.name: task.weight for task in self.tasks}
+
+    @property
+    def screen_weights(self) -> dict[str, float]:
+        """Task name in the screen → weight; empty without a screen."""
+        screened = {item.task for item in self.items("screen")} if self._screen else set()
+        return {name + SUFFIX: weight for name, weight in self.weights.items() if name + SUFFIX in screened}
 
     def items(self, split: Split) -> tuple[Item, ...]:
         """Return a split's items: by task, then by id, whatever the order of the files."""
@@ -202,6 +220,19 @@ class Suite:
         """
         scorer = self.harness(part.task)
         return {} if scorer is None else scorer.results(answer(engine, self._asked(part)))
+
+    def screen_blocks(self, search: Iterable[Block]) -> tuple[Block, ...]:
+        """Return what the screen asks in place of each search block that has screened items, under its index."""
+        blocks = []
+        for block in search:
+            parts = []
+            for part in block.parts:
+                items = tuple(self._screen[item] for item in part.items if item in self._screen)
+                if items:
+                    parts.append(Part(part.task + SUFFIX, items, part.packing))
+            if parts:
+                blocks.append(Block("screen", block.index, tuple(parts)))
+        return tuple(blocks)
 
     def score(self, engine: Engine, block: Block, *, check_degenerate: bool = True) -> tuple[ItemScore, ...]:
         """Score a block's items with the weights that the engine holds now.

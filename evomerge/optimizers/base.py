@@ -17,13 +17,16 @@ class Told:
 
     Attributes:
         genotype: as asked, bit for bit.
-        rank: 0 is the best of the generation; ties share a rank; failed candidates come last.
-        fitness: larger is better; None for a failed candidate.
+        rank: 0 is the best of the generation; ties share a rank; candidates that did not come through the screen
+            come behind all others, and failed ones last.
+        fitness: larger is better; None for a candidate that failed or did not come through the screen.
+        screened: of the latter its score on the screen, in [0, 1], comparable only with other such scores.
     """
 
     genotype: Genotype
     rank: float
     fitness: float | None
+    screened: float | None = None
 
 
 class Optimizer(Protocol):
@@ -32,9 +35,14 @@ class Optimizer(Protocol):
     The first candidate of generation 0 is the space's initial genotype. Asks depend on the constructor's
     arguments and on what was told alone: constructed anew, and asked and told the same, an optimiser
     proposes the same numbers bit for bit.
+
+    Attributes:
+        population: candidates of a generation.
+        parents: how many of a generation's best it learns from; a screen lets through no fewer.
     """
 
     population: int
+    parents: int
 
     def ask(self, generation: int) -> list[Genotype]:
         """Return `population` genotypes. Generations are asked in order: 0, 1, 2 …"""

@@ -55,6 +55,7 @@ class CMA:
         # 1 / (high - low) is the step of an integer in [0, 1] of its range.
         deviations = [0.2 / (c.high - c.low) if c.kind == "integer" else 0.0 for c in coordinates]
         self._es = self._start(config.sigma, [*deviations, *([0.0] * self._padding)])
+        self.parents = int(self._es.sp.weights.mu)
 
     def _start(self, sigma: float, smallest_deviations: list[float]) -> Any:
         never = {"tolfun": 0, "tolfunhist": 0, "tolfunrel": 0, "tolx": 0, "tolflatfitness": math.inf}

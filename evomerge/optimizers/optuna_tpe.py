@@ -24,10 +24,13 @@ class TPE:
     no sampler state. Candidates of a generation that have no value yet count as bad ones (constant liar),
     which spreads a generation. Failed candidates stay in the model, behind all others: Optuna's ``PRUNED``
     without an intermediate value; its ``FAIL`` would drop them and propose their neighbourhood again.
+    Candidates that did not come through a screen are ``PRUNED`` with their score there, which places them, in
+    its order, between scored and failed ones.
     """
 
     def __init__(self, config: OptimizerConfig, coordinates: Sequence[Coordinate], *, seed: int) -> None:
         self.population = population_size(config, len(coordinates))
+        self.parents = 1
         self._coordinates = {f"x{i}": coordinate for i, coordinate in enumerate(coordinates)}
         self._initial = initial_of(coordinates)
         self._seed = seed
@@ -68,10 +71,14 @@ class TPE:
         for place, trial in enumerate(self._trials):
             if place not in outcomes:
                 self._study.tell(trial, state=TrialState.FAIL)
-            elif (fitness := outcomes[place].fitness) is None:
-                self._study.tell(trial, state=TrialState.PRUNED)
-            else:
-                self._study.tell(trial, fitness)
+                continue
+            outcome = outcomes[place]
+            if outcome.fitness is not None:
+                self._study.tell(trial, outcome.fitness)
+                continue
+            if outcome.screened is not None:
+                trial.report(outcome.screened, step=0)
+            self._study.tell(trial, state=TrialState.PRUNED)
 
     def mean(self) -> Genotype | None:
         """Return None: the estimator has no single centre."""

@@ -15,6 +15,7 @@ class RandomSearch:
 
     def __init__(self, config: OptimizerConfig, coordinates: Sequence[Coordinate], *, seed: int) -> None:
         self.population = population_size(config, len(coordinates))
+        self.parents = 1
         self._coordinates = tuple(coordinates)
         self._seed = seed
 

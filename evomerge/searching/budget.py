@@ -8,7 +8,7 @@ from evomerge.config import Budget
 from evomerge.errors import UserError
 
 
-def affordable(budget: Budget, *, population: int, items_per_candidate: int) -> int | None:
+def affordable(budget: Budget, *, population: int, items_per_generation: int) -> int | None:
     """Return how many whole generations the count ceilings pay for; None if only time is limited.
 
     Raises:
@@ -23,11 +23,11 @@ def affordable(budget: Budget, *, population: int, items_per_candidate: int) -> 
             )
         limits.append(budget.candidates // population)
     if budget.item_evaluations is not None:
-        price = population * items_per_candidate
+        price = items_per_generation
         if budget.item_evaluations < price:
             raise UserError(
                 f"budget.item_evaluations: {budget.item_evaluations} is less than one generation of {population} "
-                f"candidates on {items_per_candidate} items; give at least {price}"
+                f"candidates, which answers {price} items; give at least {price}"
             )
         limits.append(budget.item_evaluations // price)
     return min(limits) if limits else None

@@ -62,8 +62,11 @@ class Driver:
         self._optimizer = make_optimizer(
             setup.config.optimizer, setup.space.coordinates, seed=setup.config.seed
         )
+        population, parents = self._optimizer.population, self._optimizer.parents
         self._generations = affordable(
-            budget, population=self._optimizer.population, items_per_candidate=setup.items_per_candidate
+            budget,
+            population=population,
+            items_per_generation=setup.items_per_generation(population=population, parents=parents),
         )
         self._hours = budget.hours
         total = None if self._generations is None else self._generations * self._optimizer.population

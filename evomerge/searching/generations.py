@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,11 +19,16 @@ from evomerge.searching.ranking import ScoreTable, fitness_of, rank, shrunk
 from evomerge.searching.reporter import Reporter
 from evomerge.searching.rundir import RECIPE, write_atomically
 from evomerge.searching.scheduler import Scheduler
+from evomerge.searching.screening import Screened, come_through
 from evomerge.searching.store import CandidateRow, Store
 from evomerge.spaces.genotype import Genotype
 
 if TYPE_CHECKING:
     from evomerge.searching.setup import Setup
+
+
+Outcome = ScoreTable | Screened | str
+"""How a candidate fared: what it scored, that it did not come through the screen, or why it failed."""
 
 
 class Generations:
@@ -95,37 +101,80 @@ class Generations:
         recipes = [self._store.recipe(row.recipe) for row in rows]
         blocks = self._blocks_of(generation)
         replayed = self._store.is_told(generation)
-        if not replayed:
-            self._reporter.enter(
-                "running",
-                f"generation {generation + 1}",
-                items_after=self._items_after(generation, allowance),
-                generation=generation,
-            )
-            self._scheduler.complete(recipes, blocks)
-        tables = [self._scheduler.table(recipe, blocks) for recipe in recipes]
-        told = self._ranked(rows, tables)
+        outcomes = self._outcomes(generation, recipes, blocks, None if replayed else allowance)
+        told = self._ranked(rows, outcomes)
         if replayed and told != rows:
             raise not_reproduced(generation, self._folder)
         if not replayed:
             self._record(generation, told, allowance.spent_seconds)
         self._optimizer.tell(
-            generation, [Told(row.genotype, rank=row.rank or 0.0, fitness=row.fitness) for row in told]
+            generation,
+            [
+                Told(row.genotype, row.rank or 0.0, row.fitness, _screened(outcome))
+                for row, outcome in zip(told, outcomes, strict=True)
+            ],
         )
         mean = self._optimizer.mean()
         if mean is not None:
             self.means.append(mean)
-        for row, table in zip(told, tables, strict=True):
-            if not isinstance(table, str):
-                self._values[row.id] = [(s.item, s.value) for task in table.values() for s in task.values()]
+        for row, outcome in zip(told, outcomes, strict=True):
+            if isinstance(outcome, dict):
+                self._values[row.id] = [(s.item, s.value) for task in outcome.values() for s in task.values()]
         if replayed:
             self._reporter.show(candidates=(generation + 1) * self._optimizer.population)
         else:
             self._report(generation, told)
 
-    def _ranked(self, rows: Sequence[CandidateRow], tables: Sequence[ScoreTable | str]) -> list[CandidateRow]:
+    def _outcomes(
+        self, generation: int, recipes: Sequence[Recipe], blocks: Sequence[Block], allowance: Allowance | None
+    ) -> list[Outcome]:
+        """Return how a generation's candidates fare: on the screen if there is one, then on the full suite.
+
+        Args:
+            generation: its number.
+            recipes: of its candidates.
+            blocks: that it answers.
+            allowance: what the search has left; None if all outcomes are recorded.
+        """
+
+        def tables(
+            recipes: Sequence[Recipe], blocks: Sequence[Block], phase: str = "", then: int = 0
+        ) -> list[ScoreTable | str]:
+            if allowance is not None:
+                self._reporter.enter(
+                    "running",
+                    f"generation {generation + 1}{phase}",
+                    items_after=self._items_after(generation, allowance, then),
+                    generation=generation,
+                )
+                self._scheduler.complete(recipes, blocks)
+            return [self._scheduler.table(recipe, blocks) for recipe in recipes]
+
+        through = self._setup.screened(population=len(recipes), parents=self._optimizer.parents)
+        wanted = {block.index for block in blocks}
+        screen = [block for block in self._setup.blocks.get("screen", ()) if block.index in wanted]
+        if through == len(recipes) or not screen:
+            return [*tables(recipes, blocks)]
+        full_price = through * sum(len(block.items) for block in blocks)
+        looks = tables(recipes, screen, ", screen", full_price)
+        weights = self._setup.suite.screen_weights
+        scores = [
+            None if isinstance(look, str) else fitness_of(look, {task: weights[task] for task in look})
+            for look in looks
+        ]
+        chosen = come_through(scores, [recipe.hash for recipe in recipes], through)
+        full = iter(tables(list(compress(recipes, chosen)), blocks))
+        return [
+            next(full) if through_screen else look if score is None else Screened(score)
+            for look, score, through_screen in zip(looks, scores, chosen, strict=True)
+        ]
+
+    def _ranked(self, rows: Sequence[CandidateRow], outcomes: Sequence[Outcome]) -> list[CandidateRow]:
         weights = self._setup.suite.weights
-        fitness = [None if isinstance(table, str) else fitness_of(table, weights) for table in tables]
+        fitness = [
+            fitness_of(outcome, weights) if isinstance(outcome, dict) else None for outcome in outcomes
+        ]
+        ranks = rank(fitness, [_screened(outcome) for outcome in outcomes])
         return [
             CandidateRow(
                 id=row.id,
@@ -133,20 +182,23 @@ class Generations:
                 position=row.position,
                 genotype=row.genotype,
                 recipe=row.recipe,
-                status="failed" if isinstance(table, str) else "scored",
+                status=_status(outcome),
                 fitness=value,
                 rank=place,
-                reason=table if isinstance(table, str) else None,
+                reason=outcome if isinstance(outcome, str) else None,
             )
-            for row, table, value, place in zip(rows, tables, fitness, rank(fitness), strict=True)
+            for row, outcome, value, place in zip(rows, outcomes, fitness, ranks, strict=True)
         ]
 
-    def _items_after(self, generation: int, allowance: Allowance) -> int | None:
+    def _items_after(self, generation: int, allowance: Allowance, then: int) -> int | None:
+        """Return the items behind those of the present phase: `then` of this generation, and the rest of the run."""
         if allowance.generations is None:
             return None
-        candidates = (allowance.generations - generation - 1) * self._optimizer.population
+        price = self._setup.items_per_generation(
+            population=self._optimizer.population, parents=self._optimizer.parents
+        )
         selection = sum(selection_items(self._setup).values())
-        return candidates * self._setup.items_per_candidate + selection
+        return then + (allowance.generations - generation - 1) * price + selection
 
     def _record(self, generation: int, told: Sequence[CandidateRow], spent_seconds: float) -> None:
         with self._store.transaction():
@@ -176,3 +228,13 @@ class Generations:
     def _blocks_of(self, generation: int) -> list[Block]:
         known = {block.hash: block for block in self._setup.blocks["search"]}
         return [known[digest] for digest in self._store.generation_blocks(generation) or []]
+
+
+def _screened(outcome: Outcome) -> float | None:
+    return outcome.score if isinstance(outcome, Screened) else None
+
+
+def _status(outcome: Outcome) -> str:
+    if isinstance(outcome, Screened):
+        return "screened"
+    return "failed" if isinstance(outcome, str) else "scored"

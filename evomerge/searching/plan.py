@@ -38,6 +38,7 @@ class Plan:
         items: items of each split, by task and in all.
         items_per_candidate: search items that each candidate answers.
         tasks: name → what is measured of it, and its share of the fitness.
+        screened: how many of a generation the screen lets through to these; None if all.
         item_evaluations: what search, selection and the final comparison cost together.
         minimum_detectable_effect: smallest difference on test that a paired comparison resolves, by split;
             two-sided 5 %, power 80 %, 20 % of the items answered differently.
@@ -54,6 +55,7 @@ class Plan:
     items: Mapping[str, Mapping[str, int]]
     items_per_candidate: int
     tasks: Mapping[str, tuple[str, float]]
+    screened: int | None
     item_evaluations: int | None
     minimum_detectable_effect: Mapping[str, float]
     memory: Memory
@@ -71,6 +73,8 @@ class Plan:
             f"{self.name}: {self.dimension} searched numbers ({shown})",
             f"  candidates  {self.population} a generation{counted}, {self.items_per_candidate} items each{cost}",
         ]
+        if self.screened is not None:
+            lines.append(f"  screen      {self.screened} of {self.population} answer more than the screen")
         lines += _task_lines(self.tasks)
         for split, counts in self.items.items():
             effect = self.minimum_detectable_effect[split]
@@ -107,7 +111,9 @@ def plan_search(setup: Setup, budget: Budget, *, measured: tuple[float, float] |
     """
     optimizer = make_optimizer(setup.config.optimizer, setup.space.coordinates, seed=setup.config.seed)
     population = optimizer.population
-    generations = affordable(budget, population=population, items_per_candidate=setup.items_per_candidate)
+    price = setup.items_per_generation(population=population, parents=optimizer.parents)
+    through = setup.screened(population=population, parents=optimizer.parents)
+    generations = affordable(budget, population=population, items_per_generation=price)
     weights = setup.suite.weights
     items: dict[str, dict[str, int]] = {}
     for split in SPLITS:
@@ -130,7 +136,8 @@ def plan_search(setup: Setup, budget: Budget, *, measured: tuple[float, float] |
         items=items,
         items_per_candidate=per_candidate,
         tasks={task.name: (task.metric, task.weight / sum(weights.values())) for task in setup.suite.tasks},
-        item_evaluations=None if candidates is None else candidates * per_candidate + final,
+        screened=None if through == population else through,
+        item_evaluations=None if generations is None else generations * price + final,
         minimum_detectable_effect={
             split: minimum_detectable_effect({t: n for t, n in counts.items() if t != "all"}, weights)
             for split, counts in items.items()

@@ -25,14 +25,23 @@ def fitness_of(table: Mapping[str, Mapping[str, ItemScore]], weights: Mapping[st
     return suite_mean(values_of(table), weights)
 
 
-def rank(fitness: Sequence[float | None]) -> list[float]:
-    """Return ranks, 0 for the largest fitness; equal fitness shares the mean rank, failures come last."""
-    order = sorted(range(len(fitness)), key=lambda i: (fitness[i] is None, -(fitness[i] or 0.0)))
-    ranks = [0.0] * len(fitness)
+def rank(fitness: Sequence[float | None], screened: Sequence[float | None] | None = None) -> list[float]:
+    """Return ranks, 0 for the largest fitness; equals share the mean rank, failures come last.
+
+    Args:
+        fitness: None of candidates without.
+        screened: of those that did not come through the screen their score on it: they come before failures.
+    """
+    keys = [
+        (0, -own) if own is not None else (1, -score) if score is not None else (2, 0.0)
+        for own, score in zip(fitness, screened or [None] * len(fitness), strict=True)
+    ]
+    order = sorted(range(len(keys)), key=keys.__getitem__)
+    ranks = [0.0] * len(keys)
     start = 0
     while start < len(order):
         end = start
-        while end < len(order) and fitness[order[end]] == fitness[order[start]]:
+        while end < len(order) and keys[order[end]] == keys[order[start]]:
             end += 1
         for i in order[start:end]:
             ranks[i] = (start + end - 1) / 2

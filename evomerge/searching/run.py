@@ -282,6 +282,8 @@ def _check_same_config(folder: Path, config: Config, file: str) -> None:
     recorded = load_resolved(folder).model_dump()
     open_ = {key for key, value in given["engine"].items() if value in ("auto", None)}
     given["engine"] |= {key: recorded["engine"][key] for key in open_}
+    if given["suite"]["chat_template"] is None:
+        given["suite"]["chat_template"] = recorded["suite"]["chat_template"]
     given["cache"] = recorded["cache"]
     if given != recorded:
         changed = ", ".join(key for key in given if given[key] != recorded[key])

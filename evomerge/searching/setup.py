@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from evomerge.config import Config, Engine, ModelRef
 from evomerge.data_config import TaskItems, TextFile
 from evomerge.environment import prepare
-from evomerge.evaluation.items import SPLITS, Block, Item, Split
+from evomerge.evaluation.items import Block, Item, Split
 from evomerge.recipe import Recipe, Source
 from evomerge.searching.draws import block_sizes
+from evomerge.searching.screening import places
 from evomerge.workers.worker import WorkerSpec
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ class Setup:
         sources: base and experts by name, pinned to their content.
         space: genotype ↔ recipe.
         suite: the built tasks.
-        blocks: each split's blocks; validation and test are the same for every seed.
+        blocks: each split's blocks; validation and test are the same for every seed. Those of the screen, if there
+            is one, have the indices of the search blocks that they stand for.
         blocks_per_generation: how many search blocks a generation's candidates answer.
         baselines: base, initial, uniform (absent where undefined) and each expert, by name.
         warnings: sentences for the user.
@@ -51,14 +53,30 @@ class Setup:
 
     @property
     def items(self) -> list[Item]:
-        """All items of all splits."""
-        return [item for split in SPLITS for item in self.suite.items(split)]
+        """All items of all splits, the screen's too."""
+        return [item for split in self.blocks for item in self.suite.items(split)]
 
     @property
     def items_per_candidate(self) -> int:
         """Search items that one candidate answers in its generation."""
         search = self.blocks["search"]
         return round(sum(len(b.items) for b in search) * self.blocks_per_generation / len(search))
+
+    def screened(self, *, population: int, parents: int) -> int:
+        """Return how many candidates of a generation answer the full suite: all, without a screen."""
+        screen = self.config.suite.screen
+        if screen is None:
+            return population
+        return places(screen.keep, population=population, parents=parents)
+
+    def items_per_generation(self, *, population: int, parents: int) -> int:
+        """Return the search items that a generation answers, those of its screen included."""
+        through = self.screened(population=population, parents=parents)
+        if through == population:
+            return population * self.items_per_candidate
+        search = self.blocks["search"]
+        asked = sum(len(b.items) for b in self.blocks["screen"]) * self.blocks_per_generation / len(search)
+        return through * self.items_per_candidate + population * round(asked)
 
     def worker_spec(self, config_file: Path | str) -> WorkerSpec:
         """Return what each worker needs."""
@@ -304,6 +322,8 @@ def set_up(config: Config, *, file: Path | str, weights: bool = True) -> Setup:
         "validation": suite.fixed_blocks("validation", packing=packing),
         "test": suite.fixed_blocks("test", packing=packing),
     }
+    if config.suite.screen is not None:
+        blocks["screen"] = suite.screen_blocks(blocks["search"])
     per_generation = min(per_generation, len(blocks["search"]))
     baselines = {**baseline_recipes(config, sources), "initial": initial}
     return Setup(

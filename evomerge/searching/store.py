@@ -72,7 +72,7 @@ class CandidateRow:
 
     Attributes:
         id: number in the run, from 0.
-        status: ``asked``, ``scored`` or ``failed``.
+        status: ``asked``, ``scored``, ``screened`` (it did not come through the screen) or ``failed``.
         fitness: weighted mean over tasks on the generation's blocks; None unless scored.
         rank: 0 is the generation's best; None before the generation is told.
         reason: why it failed.
