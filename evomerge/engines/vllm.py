@@ -187,12 +187,14 @@ class VLLMEngine:
         from vllm import SamplingParams
 
         prompts = self._plan("generate", requests, inputs.prompts)
-        # vLLM's text is used only to stop: special tokens stay in it, since they may be stop strings.
+        # vLLM's text is used only to stop: special tokens stay in it, since they may be stop strings. Its EOS
+        # is that of the tokenizer's class, which beside a config need not be the class that was saved.
         settings = [
             SamplingParams(
                 temperature=0.0,
                 max_tokens=request.max_tokens,
                 stop=[stop for stop in (*request.stops, self._encoder.eos) if stop],
+                ignore_eos=True,
                 stop_token_ids=sorted(self._ends),
                 repetition_penalty=self._penalty,
                 logprobs=0,
@@ -259,7 +261,7 @@ class VLLMEngine:
         """
         block = int(self._llm.llm_engine.vllm_config.cache_config.block_size)
         length = max(2, min(block + 9, self.max_length - _SENTINEL_TOKENS))
-        tokens = len(self.tokenizer)
+        tokens = int(self._llm.llm_engine.model_config.get_vocab_size())
         prompt = [(7919 * i + 11) % tokens for i in range(length)]
         read, computed = (self._sentinel(prompt, anew=anew) for anew in (False, True))
         if not replace(read, prompt=computed.prompt).agrees(computed, self.tolerance):
