@@ -184,9 +184,7 @@ def test_a_prefix_cache_that_cannot_be_emptied_is_a_loss(llama: Models, held: An
         engine.generate(PROMPTS)
 
 
-def test_weights_that_are_not_finite_fail_their_candidate_only(
-    llama: Models, held: Any, tmp_path: Path
-) -> None:
+def test_weights_that_are_not_finite_fail_their_candidate_only(llama: Models, held: Any) -> None:
     before = answers(held.hold(llama.recipe(0.3)))
     # So large that the merged weights are infinite, after the first tensors.
     with pytest.raises(CandidateFailed, match="the merged weights are not finite"):
@@ -194,7 +192,7 @@ def test_weights_that_are_not_finite_fail_their_candidate_only(
     assert answers(held.hold(llama.recipe(0.3))) == before
     # Finite weights whose logits are not.
     with pytest.raises(CandidateFailed, match="a logit is not finite"):
-        held.hold(llama.recipe(1e30))
+        held.hold(llama.recipe(1e18))
     assert answers(held.hold(llama.recipe(0.3))) == before
 
 
@@ -257,7 +255,7 @@ def test_stop_strings_and_penalties_are_those_of_the_hugging_face_engine(
     model.generation_config = config
     hf = HFEngine(model, llama.tokenizer, batch_tokens=512, max_length=200)
     free = [text.text for text in hf.generate([Generation(f"prompt {i}", (), 24) for i in range(8)])]
-    stops = [(text[len(text) // 2 :][:2] or "x", "</s>") for text in free]
+    stops = [(text[len(text) // 2 :][:2] or "x", "</s>") if i % 2 else () for i, text in enumerate(free)]
     requests = [Generation(f"prompt {i}", stop, 24) for i, stop in enumerate(stops)]
     engine = fresh_engine(llama, folder, config)
     try:
