@@ -159,7 +159,9 @@ class HFEngine:
         """
         config = getattr(self.model, "generation_config", None)
         penalty, ends = inputs.repetition_penalty(config, "hf"), inputs.ends(config, self.tokenizer)
-        prompts, batches, rows = self._plan("generate", requests, lambda: self._pack_prompts(requests))
+        prompts, batches, rows = self._plan(
+            f"generate at {self._live.token_bytes} bytes", requests, lambda: self._pack_prompts(requests)
+        )
         texts = [GrowingText(request, self._stops_of(request), ends) for request in requests]
         if batches is not None:
             decoder = Decoder(self._live, self._prefixes, rows=rows, penalty=penalty)

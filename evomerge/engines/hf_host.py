@@ -32,7 +32,10 @@ class HFHost:
         self._held = ""
 
     def hold(self, recipe: Recipe) -> HFEngine:
-        """See `Host.hold`; a new engine is made only where the model's shape changes."""
+        """See `Host.hold`; a new engine is made only where the model's shape changes.
+
+        Layer paths through the same models have one engine, whatever their length and order.
+        """
         if self._engine is None or self._held != recipe.hash:
             self._held = ""
             if self._engine is not None:

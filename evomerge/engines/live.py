@@ -37,7 +37,7 @@ class LiveModel:
     Attributes:
         splits_head: logits may be computed at chosen positions only.
         forks: explicit masks, prefixes and rows of their own for growing texts may be used; see `trials`.
-        token_bytes: of the keys and values of one token; found by the trial.
+        layer_bytes: of the keys and values of one token in one layer; found by the trial.
         windows: kind of layer → how many tokens its attention looks back, None for all; None if there
             are layers of another kind.
     """
@@ -48,7 +48,7 @@ class LiveModel:
         self.max_length = max_length
         self.splits_head = False
         self.forks = False
-        self.token_bytes = 0
+        self.layer_bytes = 0
         self.config = self.model.config.get_text_config()
         self.windows = self._windows()
         self._after = [
@@ -56,6 +56,16 @@ class LiveModel:
             for key, operation in _AFTER_HEAD.items()
             if isinstance(getattr(self.config, key, None), int | float)
         ]
+
+    @property
+    def depth(self) -> int:
+        """Number of layers, which may change together with the weights."""
+        return int(getattr(self.config, "num_hidden_layers", None) or 1)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of the keys and values of one token."""
+        return self.layer_bytes * self.depth
 
     @property
     def dtype(self) -> torch.dtype:

@@ -64,9 +64,8 @@ def _states_are_known(live: LiveModel) -> bool:
             ([*shared, 3, 9, 8, 7, 6, 5], [9, 9]),
         ]
         prefixes = Prefixes(live)
-        live.token_bytes = (
-            sum(state.nbytes for pair in prefixes.of(tuple(shared)) or () for state in pair) // _SHARED
-        )
+        states = [state for pair in prefixes.of(tuple(shared)) or () for state in pair]
+        live.layer_bytes = -(-sum(state.nbytes for state in states) // (_SHARED * live.depth))
         batches = pack_scores(
             pairs, batch_tokens=64, max_length=live.max_length, tree=True, device=live.device
         )

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from evomerge.checkpoints import Checkpoint
-from evomerge.checkpoints.model_config import nested_key
+from evomerge.checkpoints.model_config import nested_key, text_config
 from evomerge.errors import CheckpointError
 from evomerge.recipe import Hop
 
@@ -85,6 +85,60 @@ def path_config(path: Sequence[Hop], donors: Sequence[Checkpoint]) -> dict[str, 
     return text if nested is None else {**config, nested: text}
 
 
+def layer_settings(config: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
+    """Return what a config says of each of its layers alone.
+
+    Args:
+        config: one that gives no layer its kind by its index; see `derived_kind`.
+        count: number of its layers.
+    """
+    text = text_config(config)
+    each: list[dict[str, Any]] = [{} for _ in range(count)]
+    for key, value in text.items():
+        for index, settings in enumerate(each):
+            if key in _INDICES and isinstance(value, list):
+                settings[key] = index in value
+            elif _is_per_layer(key, value, count):
+                settings[key] = value[index]
+            elif key == _FIRST_DENSE:
+                settings[key] = index < (value or 0)
+    return each
+
+
+def shared_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config without its depth and what it says of single layers."""
+    text = text_config(config)
+    count = next((text[key] for key in _DEPTH_KEYS if isinstance(text.get(key), int)), 0)
+    own = (*_DEPTH_KEYS, *_INDICES, _FIRST_DENSE)
+    rest = {k: v for k, v in text.items() if k not in own and not _is_per_layer(k, v, count)}
+    nested = nested_key(config)
+    return rest if nested is None else {**config, nested: rest}
+
+
+def depth_settings(text: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all of a language model's config that may speak of its depth or of single layers."""
+    own = (*_DEPTH_KEYS, *_INDICES, _FIRST_DENSE)
+    return {key: value for key, value in text.items() if key in own or isinstance(value, list)}
+
+
+def select_layers(config: Mapping[str, Any], layers: Sequence[int]) -> dict[str, Any]:
+    """Return the config of the model that has some of a config's layers only, in this order."""
+    chosen = copy.deepcopy(dict(config))
+    nested = nested_key(chosen)
+    text: dict[str, Any] = chosen if nested is None else chosen[nested]
+    depth = next((key for key in _DEPTH_KEYS if isinstance(text.get(key), int)), None)
+    count = max(layers) + 1 if depth is None else text[depth]
+    for key, value in list(text.items()):
+        if key in _INDICES and isinstance(value, list):
+            text[key] = [place for place, layer in enumerate(layers) if layer in value]
+        elif _is_per_layer(key, value, count):
+            text[key] = [value[layer] for layer in layers]
+        elif key == _FIRST_DENSE:
+            text[key] = sum(layer < (value or 0) for layer in layers)
+    text[depth or _DEPTH_KEYS[0]] = len(layers)
+    return chosen
+
+
 def _is_per_layer(key: str, value: Any, num_layers: int) -> bool:
     if not isinstance(value, list) or len(value) != num_layers:
         return False
@@ -136,25 +190,21 @@ def _explicit_kinds(donor: Checkpoint) -> dict[str, Any]:
 
 def _refuse_derived_kinds(donor: Checkpoint, text: Mapping[str, Any]) -> None:
     """Refuse configs that say by a layer's index what kind it is: moved layers would change their kind."""
-    reason = next(
-        (
-            key
-            for key, (plain, precedence) in _BY_INDEX.items()
-            if text.get(key) not in plain and not isinstance(text.get(precedence), list)
-        ),
-        None,
-    )
-    if (
-        reason is None
-        and not isinstance(text.get("layer_types"), list)
-        and text.get("sliding_window")
-        and text.get("use_sliding_window", True)
-        and text.get("model_type") not in _SAME_WINDOW_TYPES
-    ):
-        reason = "sliding_window"
+    reason = derived_kind(text)
     if reason is not None:
         raise CheckpointError(
             f"{donor.path}: config key '{reason}' gives layers their kind by index, so moved layers "
             "would change; save the model with a current transformers, which writes the kinds down, or keep "
             "all layers in order"
         )
+
+
+def derived_kind(text: Mapping[str, Any]) -> str | None:
+    """Return the key, if any, by which the language model's config gives layers their kind by index."""
+    for key, (plain, precedence) in _BY_INDEX.items():
+        if text.get(key) not in plain and not isinstance(text.get(precedence), list):
+            return key
+    windowed = text.get("sliding_window") and text.get("use_sliding_window", True)
+    if windowed and not isinstance(text.get("layer_types"), list):
+        return None if text.get("model_type") in _SAME_WINDOW_TYPES else "sliding_window"
+    return None

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -22,16 +22,21 @@ from transformers import __version__ as transformers_version
 from transformers.initialization import no_init_weights
 
 from evomerge.checkpoints import Checkpoint
+from evomerge.checkpoints.names import parse
 from evomerge.errors import CheckpointError
 from evomerge.merging.binding import bind
 from evomerge.merging.execute import CHUNK, execute
 from evomerge.merging.plan import MergePlan, TensorJob, plan_merge
 from evomerge.merging.sinks import LiveSink
 from evomerge.merging.streams import Residents
+from evomerge.merging.vocabulary import donor_of
 from evomerge.methods import TensorCache
 from evomerge.recipe import Recipe
 from evomerge.statistics.files import Source
 from evomerge.statistics.needed import provide
+
+if TYPE_CHECKING:
+    from evomerge.merging.live_paths import SharedLayers
 
 
 def live_model(
@@ -54,6 +59,26 @@ def live_model(
         The model in eval mode without gradients; buffers such as rotary frequencies are computed, tied
         weights are tied.
     """
+    built = live_config(config)
+    try:
+        with no_init_weights(), torch.device(device):
+            model = _auto_class(built).from_config(built, dtype=dtype, trust_remote_code=False)
+    except (ValueError, KeyError, StrictDataclassError) as error:
+        raise _cannot_build(built.model_type, error) from None
+    model.tie_weights()
+    if generation is not None:
+        set_generation(model, generation)
+    model.requires_grad_(False)
+    model.eval()
+    return model  # type: ignore[no-any-return]
+
+
+def live_config(config: Mapping[str, Any]) -> PretrainedConfig:
+    """Return a Hugging Face config, given as plain data, as transformers has it.
+
+    Raises:
+        CheckpointError: the model type is unknown, or the config contradicts itself.
+    """
     settings = {key: value for key, value in copy.deepcopy(dict(config)).items() if key != "auto_map"}
     kind = settings.pop("model_type", None)
     if kind not in CONFIG_MAPPING:
@@ -62,21 +87,25 @@ def live_model(
             "not know it; such models merge to disk, and cannot be scored in memory"
         )
     try:
-        built = AutoConfig.for_model(kind, **settings)
-        with no_init_weights(), torch.device(device):
-            model = _auto_class(built).from_config(built, dtype=dtype, trust_remote_code=False)
+        return AutoConfig.for_model(kind, **settings)
     except (ValueError, KeyError, StrictDataclassError) as error:
-        raise CheckpointError(
-            f"model type '{kind}' cannot be built as a causal language model: {str(error).splitlines()[0]}"
-        ) from None
-    model.tie_weights()
+        raise _cannot_build(kind, error) from None
+
+
+def set_generation(model: nn.Module, generation: Path | Mapping[str, Any]) -> None:
+    """Set a model's generation defaults, given as data or by a folder whose file, if there is one, has them."""
     if isinstance(generation, Mapping):
         model.generation_config = GenerationConfig.from_dict(dict(generation))
-    elif generation is not None and (generation / "generation_config.json").is_file():
+    elif (generation / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(generation)
-    model.requires_grad_(False)
-    model.eval()
-    return model  # type: ignore[no-any-return]
+    else:
+        model.generation_config = GenerationConfig.from_model_config(model.config)
+
+
+def _cannot_build(kind: str, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"model type '{kind}' cannot be built as a causal language model: {str(error).splitlines()[0]}"
+    )
 
 
 def _auto_class(config: PretrainedConfig) -> Any:
@@ -99,7 +128,9 @@ class Materializer:
             whose bits are those of an export.
 
     What does not depend on the candidate (reductions over the parents) is computed once. Tensors whose job
-    is the same as in the recipe before are left as they are.
+    is the same as in the recipe before are left as they are. From the first layer path on, models share the
+    tensors of their layers (`evomerge.merging.live_paths`), so that a layer that was there before is not written
+    again.
     """
 
     def __init__(
@@ -122,6 +153,7 @@ class Materializer:
         self._shape: tuple[dict[str, Any], torch.dtype] | None = None
         self._sink: LiveSink | None = None
         self._held: dict[str, TensorJob] = {}
+        self._shared: SharedLayers | None = None
         self._statistics: dict[str, Source] = {}
 
     @property
@@ -129,11 +161,16 @@ class Materializer:
         """The live model, or None before the first recipe."""
         return self._model
 
+    @property
+    def shared_bytes(self) -> int:
+        """Size of the tensors that layer paths share, in bytes."""
+        return 0 if self._shared is None else self._shared.nbytes
+
     def materialize(self, recipe: Recipe) -> nn.Module:
         """Write a recipe's weights into the live model and return it.
 
-        The same module is returned each time while the output's config stays the same; otherwise the old one
-        is let go first and a new one built.
+        The same module is returned each time while the output's config stays the same; of layer paths also where
+        order and number of the layers change. Otherwise the old one is let go first and a new one built.
 
         Raises:
             CandidateFailed: merged weights are not finite; the live weights are then undefined until the next
@@ -143,14 +180,24 @@ class Materializer:
         plan = plan_merge(recipe, self._checkpoints)
         if any(key not in self._statistics for job in plan.jobs for key in job.statistics):
             self._statistics |= provide(recipe, self._checkpoints, device=str(self._device))
+        if (recipe.path is not None or self._shared is not None) and self._can_share(plan):
+            return self._from_shared(recipe, plan)
+        self._shared = None
         model, sink = self._live(plan)
-        changed = [job for job in plan.jobs if job.name in sink and self._held.get(job.name) != job]
+        changed = {job.name for job in plan.jobs if self._held.get(job.name) != job}
+        if _ranked(plan.jobs) != _ranked(self._held.values()):
+            changed |= _ranked(plan.jobs).keys()
         self._held = {}
+        self._execute(plan, sink, [job for job in plan.jobs if job.name in changed and job.name in sink])
+        self._held = {job.name: job for job in plan.jobs}
+        return model
+
+    def _execute(self, plan: MergePlan, sink: LiveSink, jobs: Sequence[TensorJob]) -> None:
         execute(
             plan,
             self._checkpoints,
             sink,
-            jobs=changed,
+            jobs=jobs,
             cache=self._cache,
             chunk=self._chunk,
             threads=self._threads,
@@ -158,8 +205,26 @@ class Materializer:
             device=self._merge_on,
             residents=self._residents,
         )
-        self._held = {job.name: job for job in plan.jobs}
-        return model
+
+    def _can_share(self, plan: MergePlan) -> bool:
+        from evomerge.merging.live_paths import SharedLayers
+
+        return SharedLayers.can_hold(plan)
+
+    def _from_shared(self, recipe: Recipe, plan: MergePlan) -> nn.Module:
+        from evomerge.merging.live_paths import SharedLayers
+
+        self._sink, self._shape, self._held = None, None, {}
+        if self._shared is None:
+            self._model = None
+            self._shared = SharedLayers(self._device)
+        self._model = self._shared.model(
+            plan,
+            lambda sink, jobs: self._execute(plan, sink, jobs),
+            generation=plan.generation or self._checkpoints[plan.donor].path,
+            room=_room(recipe, plan, self._checkpoints),
+        )
+        return self._model
 
     def _live(self, plan: MergePlan) -> tuple[nn.Module, LiveSink]:
         shape = (plan.config, plan.dtype)
@@ -171,3 +236,18 @@ class Materializer:
         sink = LiveSink(bind(model, plan))
         self._model, self._sink, self._shape = model, sink, shape
         return model, sink
+
+
+def _ranked(jobs: Iterable[TensorJob]) -> dict[str, TensorJob]:
+    """Return the jobs whose thresholds are those of all of them together, by name."""
+    return {job.name: job for job in jobs if (job.values or {}).get("trim") == "global"}
+
+
+def _room(recipe: Recipe, plan: MergePlan, checkpoints: Mapping[str, Checkpoint]) -> int:
+    """Return what all layers of a recipe's sources hold, and its folded tensors, in bytes."""
+    sources = dict.fromkeys(str(hop.model or hop.merge) for hop in recipe.path or ()) or recipe.merges
+    layers = sum(checkpoints[donor_of(recipe, source)].num_layers for source in sources)
+    inside = [job for job in plan.jobs if isinstance(parse(job.name).position, int)]
+    hops = len({parse(job.name).position for job in inside})
+    folded = sum(job.nbytes for job in plan.jobs if job.factor != 1.0)
+    return plan.nbytes + folded + layers * sum(job.nbytes for job in inside) // max(1, hops)

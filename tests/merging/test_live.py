@@ -10,6 +10,7 @@ from evomerge.errors import CandidateFailed, CheckpointError
 from evomerge.merging import LiveSink, Materializer, live_model, merge, open_parents, plan_merge
 from evomerge.merging.binding import bind
 from evomerge.methods import all_methods
+from evomerge.output import Output
 from tests.merging.helpers import digests, make_recipe, read, rewrite
 from tests.models import VOCAB, make_family
 
@@ -133,17 +134,24 @@ def test_only_tensors_whose_merge_changed_are_written_again(family, monkeypatch)
     assert len(written) == 9
 
 
-def test_a_path_of_another_length_gets_a_new_model(family):
+def test_paths_of_all_lengths_are_one_module(family):
     def path(*layers):
         return make_recipe(family, path=[{"model": "a", "layer": layer} for layer in layers])
 
     materializer = Materializer(open_parents(path(0)))
-    short = materializer.materialize(path(0, 3))
-    assert materializer.materialize(path(3, 0)) is short
-    long = materializer.materialize(path(0, 1, 1, 3))
-    assert long is not short
-    assert len(long.model.layers) == 4
-    assert materializer.model is long
+    model = materializer.materialize(path(0, 3))
+    assert materializer.materialize(path(3, 0)) is model
+    assert materializer.materialize(path(0, 1, 1, 3)) is model
+    assert len(model.model.layers) == 4
+    assert materializer.model is model
+
+
+def test_an_output_of_another_form_gets_a_new_model(family):
+    recipe = make_recipe(family, merge=merge_of("slerp"))
+    materializer = Materializer(open_parents(recipe))
+    model = materializer.materialize(recipe)
+    half = recipe.model_copy(update={"output": Output(dtype="bfloat16")})
+    assert materializer.materialize(half) is not model
 
 
 def test_a_failed_candidate_leaves_no_trace_in_the_next(family, tmp_path):
@@ -201,3 +209,16 @@ def test_building_a_live_model_leaves_torchs_initialisers_and_generator_alone(fa
     live_model(plan.config, plan.dtype)
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.nn.Linear(4, 4).weight.abs().max() <= 0.5
+
+
+def test_a_global_trim_is_renewed_where_one_of_its_tensors_changes(family, tmp_path):
+    def recipe(layers):
+        merged = merge_of("ties", density=0.3, trim="global")
+        merged["rules"] = [{"layers": layers, "method": "task_arithmetic"}]
+        return make_recipe(family, merge=merged)
+
+    materializer = Materializer(open_parents(recipe([0])))
+    for number, layers in enumerate(([0], [0, 1, 2])):
+        live = materializer.materialize(recipe(layers)).state_dict()
+        written = read(merge(recipe(layers), tmp_path / str(number)))
+        assert all(torch.equal(live[name], tensor) for name, tensor in written.items())
