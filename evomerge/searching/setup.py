@@ -11,6 +11,7 @@ from evomerge.config import Config, Engine, ModelRef
 from evomerge.data_config import TaskItems, TextFile
 from evomerge.environment import prepare
 from evomerge.evaluation.items import Block, Item, Split
+from evomerge.evaluation.requests import Rolling
 from evomerge.recipe import Recipe, Source
 from evomerge.searching.draws import block_sizes
 from evomerge.searching.screening import places
@@ -165,6 +166,35 @@ def decided(engine: Engine, base: Checkpoint) -> Engine:
     return settings
 
 
+def probe_engine(config: Config, base: Checkpoint, suite: Suite, tokenizer: Any) -> Config:
+    """Return the config with the largest token budget with which the suite's longest texts fit on the GPU.
+
+    Asked for once, where the config says ``auto``; the value is recorded, and a resumed run reads it.
+    """
+    from evomerge.engines.probing import probe_batch_tokens
+
+    texts = {
+        request.text
+        if isinstance(request, Rolling)
+        else request.context + getattr(request, "continuation", "")
+        for request in suite.requests()
+    }
+    # The longest in tokens is among those that are long in characters.
+    longest = sorted(texts, key=lambda text: (-len(text), text))[:16]
+    engine, gpus = config.engine, config.workers.gpus
+    tokens = probe_batch_tokens(
+        str(base.path),
+        dtype=config.output.dtype or str(base.dtype).removeprefix("torch."),
+        device=engine.device,
+        longest=max((len(tokenizer.encode(text)) for text in longest), default=1),
+        max_length=int(engine.max_length or 2048),
+        share=1.0 if gpus == "auto" else min(1.0, float(gpus) or 1.0),
+    )
+    if tokens is None:
+        return config
+    return config.model_copy(update={"engine": engine.model_copy(update={"batch_tokens": tokens})})
+
+
 def decide_output(config: Config, base: Checkpoint) -> tuple[Config, tuple[str, ...]]:
     """Return the config with one number format for live model and output, and a warning if the base has several.
 
@@ -288,6 +318,7 @@ def set_up(config: Config, *, file: Path | str, weights: bool = True) -> Setup:
     from evomerge.spaces import baseline_recipes, space_for
 
     config = adapters_on_base(config)
+    probed = config.engine.batch_tokens == "auto" and config.engine.type == "hf" and weights
     checkpoints, warnings = open_models(config)
     base = checkpoints[BASE]
     config = pin_revisions(decide_engine(config, base), checkpoints)
@@ -316,6 +347,8 @@ def set_up(config: Config, *, file: Path | str, weights: bool = True) -> Setup:
         block_items=config.suite.block_items,
         items_per_candidate=config.suite.items_per_candidate,
     )
+    if probed and config.engine.device == "cuda":
+        config = probe_engine(config, base, suite, tokenizer)
     packing = packing_name(config.engine)
     blocks: dict[Split, tuple[Block, ...]] = {
         "search": suite.blocks("search", seed=config.seed, block_items=per_block, packing=packing),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,10 +10,11 @@ from safetensors.torch import load_file, save_file
 
 from evomerge.checkpoints import open_checkpoint
 from evomerge.config import load_config
+from evomerge.engines import probing
 from evomerge.errors import UserError
 from evomerge.scoring import evaluate
 from evomerge.searching.run import search
-from evomerge.searching.setup import decide_output, pin_revisions
+from evomerge.searching.setup import decide_output, pin_revisions, set_up
 from tests.models import make_family
 from tests.tasks import make_config
 
@@ -71,3 +73,31 @@ def test_the_test_items_of_an_unfinished_run_stay_closed(
     with pytest.raises(UserError, match="test items stay closed"):
         evaluate(run.path, config, split="test")
     assert evaluate(run.path, config, split="validation").score["n"] == 24
+
+
+def test_a_search_on_a_gpu_asks_once_for_its_longest_text(
+    tmp_path: Path, family: dict[str, Path], tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def answer(model: str, **options: Any) -> int:
+        asked.append(options)
+        return 4096
+
+    monkeypatch.setattr(probing, "probe_batch_tokens", answer)
+    path = make_config(tmp_path, family, tasks)
+    setup = set_up(load_config(path, ["engine.device=cuda", "engine.dtype=bfloat16"]), file=path)
+    (options,) = asked
+    assert setup.config.engine.batch_tokens == 4096
+    assert {part.packing for blocks in setup.blocks.values() for block in blocks for part in block.parts} == {
+        "hf-v2:4096"
+    }
+    assert options["dtype"] == "bfloat16"
+    texts = [request.context + request.continuation for request in setup.suite.requests()]
+    assert options["longest"] == max(map(len, texts))
+
+    # What was recorded, or written, is not asked for; nor does a plan ask, or a search on a CPU.
+    set_up(setup.config, file=path)
+    set_up(load_config(path, ["engine.device=cuda"]), file=path, weights=False)
+    assert set_up(load_config(path), file=path).config.engine.batch_tokens == 512
+    assert len(asked) == 1
