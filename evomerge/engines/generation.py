@@ -127,6 +127,7 @@ class Decoder:
             return
         # The last rows move to where rows became free; the rest stays in place.
         count = len(keep)
+        self._live.listener(len(self._texts) - count)
         targets = [row for row in range(count) if self._texts[row].done]
         origins = keep[count - len(targets) :]
         self._slots.move(origins, targets)
@@ -198,6 +199,7 @@ def generate_plain(
             eos_token_id=sorted(ends) or None,
             pad_token_id=min(ends, default=0),
         )
+        live.listener(len(same))
 
 
 def _check_finite(ids_BL: Tensor, logits_BV: Tensor) -> Tensor:

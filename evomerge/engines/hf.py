@@ -20,7 +20,7 @@ from evomerge.engines.packing import VERSION, PromptBatch, ScoreBatch, pack_prom
 from evomerge.engines.prefixes import Prefixes
 from evomerge.engines.scoring import score_all
 from evomerge.engines.trials import try_savings
-from evomerge.evaluation.requests import Generated, Generation, Loglikelihood, Rolling
+from evomerge.evaluation.requests import Generated, Generation, Listener, Loglikelihood, Rolling
 
 Plan = TypeVar("Plan")
 _KEPT_PLANS = 512
@@ -97,6 +97,10 @@ class HFEngine:
     def weights_changed(self) -> None:
         """Forget what was computed with the weights as they were."""
         self._prefixes.clear()
+
+    def listen(self, listener: Listener) -> None:
+        """Tell a listener, while requests are answered, how many more are."""
+        self._live.listener = listener
 
     @property
     def packing(self) -> str:

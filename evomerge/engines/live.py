@@ -14,6 +14,7 @@ from torch import Tensor
 
 from evomerge.engines.attention import BehindPrefix, KeyValues, Slots, masks, own_attention
 from evomerge.engines.packing import Inputs
+from evomerge.evaluation.requests import Listener, unheard
 
 LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**27}
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -40,6 +41,7 @@ class LiveModel:
         layer_bytes: of the keys and values of one token in one layer; found by the trial.
         windows: kind of layer → how many tokens its attention looks back, None for all; None if there
             are layers of another kind.
+        listener: is told how many more requests are answered.
     """
 
     def __init__(self, model: Any, device: torch.device, max_length: int) -> None:
@@ -49,6 +51,7 @@ class LiveModel:
         self.splits_head = False
         self.forks = False
         self.layer_bytes = 0
+        self.listener: Listener = unheard
         self.config = self.model.config.get_text_config()
         self.windows = self._windows()
         self._after = [

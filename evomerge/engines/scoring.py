@@ -27,7 +27,10 @@ def score_all(
     sums = np.zeros(count)
     greedy = np.ones(count, dtype=bool)
     # One transfer at the end: nothing waits for the device in between.
-    parts = [score_batch(live, prefixes, batch) for batch in batches]
+    parts = []
+    for batch in batches:
+        parts.append(score_batch(live, prefixes, batch))
+        live.listener(len(batch.requests))
     if not parts:
         return sums, greedy
     logprobs = torch.cat([part[0] for part in parts]).double().cpu().numpy()

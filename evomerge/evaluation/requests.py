@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -50,11 +51,22 @@ Answer = tuple[float, bool] | float | Generated
 """What an engine answers to a `Loglikelihood` (log-probability, greedy), a `Rolling`, a `Generation`."""
 
 
+Listener = Callable[[int], None]
+"""Is told how many more requests are answered."""
+
+
+def unheard(count: int) -> None:
+    """Listen to nothing."""
+
+
 class Engine(Protocol):
     """A model that answers requests.
 
     Answers come in the order of the requests. Log-probabilities are natural, in float32 or better. The
     same requests in the same order give the same bits as long as the weights do not change.
+
+    An engine may also have a method ``listen(listener)``; it then tells the `Listener`, while it answers, how far
+    it is (see `listen`).
 
     Attributes:
         packing: name and version of the batching with its token budget, e.g. ``hf-v2:2048``.
@@ -82,3 +94,17 @@ class Engine(Protocol):
             CandidateFailed: a logit is not finite.
         """
         ...
+
+
+@contextmanager
+def listen(engine: Engine, listener: Listener) -> Iterator[None]:
+    """Hear how far an engine is while it answers, if it tells."""
+    listen_to = getattr(engine, "listen", None)
+    if listen_to is None:
+        yield
+        return
+    listen_to(listener)
+    try:
+        yield
+    finally:
+        listen_to(unheard)

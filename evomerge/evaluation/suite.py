@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from evomerge.evaluation.items import SPLITS, Block, Item, ItemScore, Part, Part
 from evomerge.evaluation.library import Library, specs_of
 from evomerge.evaluation.own import PythonTask, check_python
 from evomerge.evaluation.preview import Preview
-from evomerge.evaluation.requests import Engine, Request
+from evomerge.evaluation.requests import Engine, Request, listen, unheard
 from evomerge.evaluation.screen import SUFFIX, screen_entries
 from evomerge.evaluation.splits import GROUP_HELP
 from evomerge.evaluation.texts import TextTask
@@ -84,6 +84,7 @@ class Suite:
         *,
         splits_needed: Iterable[Split] = SPLITS,
         file: Path | str | None = None,
+        tell: Callable[[str], None] = lambda task: None,
     ) -> Suite:
         """Load the tasks and render their items.
 
@@ -93,6 +94,7 @@ class Suite:
             tokenizer: of the merged models; its chat template is used if the suite asks for one.
             splits_needed: the splits whose prompts are rendered. Groups of all three are always compared.
             file: the config file, for messages.
+            tell: called with the name of each task before its prompts are rendered.
 
         Raises:
             UserError: a task, metric, split or setting is wrong, or runs code that is not trusted.
@@ -104,6 +106,7 @@ class Suite:
         owners: dict[str, str] = {}
         for key, spec, task in _tasks_of(config, splits, tokenizer, style, file):
             _check_name(owners, spec.name, key, file)
+            tell(spec.name)
             counts: dict[Split, int] = {split: len(documents) for split, documents in task.documents.items()}
             for split in needed:
                 rendered = _unique(task.entries(split), spec.name, split)
@@ -182,7 +185,7 @@ class Suite:
         """Cut a split that is asked as a whole into blocks; see `evomerge.evaluation.blocks.fixed_blocks`."""
         return fixed_blocks(self._by_task(split), split, packing=packing)
 
-    def score_part(self, engine: Engine, part: Part) -> PartOutcome:
+    def score_part(self, engine: Engine, part: Part, tell: Callable[[int], None] = unheard) -> PartOutcome:
         """Score a part's items with the weights that the engine holds now.
 
         A candidate that cannot be scored (a logit, log-probability or metric is not finite) is an outcome too.
@@ -190,10 +193,21 @@ class Suite:
         Args:
             engine: answers the requests.
             part: of this suite's items.
+            tell: called now and then with about how many of the items are answered.
         """
         questions = self._asked(part)
+        total = sum(map(len, questions.asked.values()))
+        answered = 0
+
+        def count(more: int) -> None:
+            nonlocal answered
+            answered += more
+            # An engine may count windows of a text; nothing is done before it is scored.
+            tell(min(len(part.items) - 1, len(part.items) * answered // max(1, total)))
+
         try:
-            replies = answer(engine, questions)
+            with listen(engine, count if total else unheard):
+                replies = answer(engine, questions)
             given = given_by(questions, replies).values()
             scores = score_all(engine, questions, replies)
         except CandidateFailed as reason:

@@ -90,7 +90,10 @@ class Driver:
         try:
             record_setup(self._store, self._setup, self._folder)
             self._reporter.show(state="starting")
-            fingerprint = self._executor.start(self._setup.baselines["base"])
+            fingerprint = self._executor.start(
+                self._setup.baselines["base"],
+                lambda phase: self._reporter.show(phase=f"starting workers: {phase}"),
+            )
             record_fingerprint(self._store, fingerprint, self._folder)
             reporter = self._reporter
             scheduler = Scheduler(

@@ -43,7 +43,8 @@ class Status:
         rate: items asked per second since the driver started.
         eta_seconds: until the run ends, selection included, at the present rate; None if that cannot be told.
         workers: how many there are.
-        phase_done, phase_total: items of the present generation, or step of the selection: answered, in all.
+        phase_done, phase_total: items of the present generation, or step of the selection: answered, those of
+            requests under way included, and in all.
     """
 
     state: State
@@ -104,7 +105,7 @@ class LiveDisplay:
 
 
 class LineDisplay:
-    """One line per generation and step of the selection, and one at least every `LINE_SECONDS`."""
+    """One line per phase, generation and step of the selection, and one at least every `LINE_SECONDS`."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -113,7 +114,8 @@ class LineDisplay:
 
     def show(self, status: Status) -> None:
         """See `Display.show`."""
-        key = (status.state if status.state == "running" else status.phase, status.candidates)
+        phase = status.state if status.state == "running" else status.phase.partition(":")[0]
+        key = (phase, status.candidates)
         now = time.monotonic()
         if key != self._key or now - self._shown >= LINE_SECONDS:
             self._key, self._shown = key, now
@@ -196,10 +198,17 @@ def one_line(status: Status) -> str:
             parts.append(f"{name} {value:.3f}")
     parts.append(f"{status.item_evaluations:,} item evaluations")
     if status.rate > 0:
-        parts.append(f"{status.rate:,.0f}/s")
+        parts.append(per_second(status.rate))
     if status.eta_seconds is not None:
         parts.append(f"ETA {duration(status.eta_seconds)}")
     return ", ".join(parts)
+
+
+def per_second(rate: float) -> str:
+    """Return items per second, or seconds per item where that is the larger number."""
+    if rate >= 1:
+        return f"{rate:,.0f}/s"
+    return f"{1 / rate:,.1f} s each" if rate > 0 else "0/s"
 
 
 def duration(seconds: float) -> str:
@@ -240,7 +249,7 @@ def _panel(status: Status) -> RenderableType:
     pace = Table.grid(padding=(0, 3))
     pace.add_row(
         f"{status.item_evaluations:,} item evaluations",
-        f"{status.rate:,.0f}/s",
+        per_second(status.rate),
         f"ETA {duration(status.eta_seconds)}" if status.eta_seconds is not None else "ETA –",
         f"{status.workers} worker{'s' if status.workers != 1 else ''}",
     )

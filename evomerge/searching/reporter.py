@@ -30,6 +30,7 @@ class Reporter:
         self._status = Status(state="starting", phase="starting workers", total=total)
         self._clock = Clock(0)
         self._items_after: int | None = None
+        self._under_way = 0
 
     def start_clock(self, *, item_evaluations: int, cached: int) -> None:
         """Measure rates from here on, given what earlier drivers did."""
@@ -53,7 +54,7 @@ class Reporter:
         """Change fields of the status and show it."""
         status = replace(self._status, **changes, workers=self._workers())
         busy = status.state in ("running", "selecting")
-        asked = status.item_evaluations - status.cached_item_evaluations
+        asked = status.item_evaluations - status.cached_item_evaluations + self._under_way
         rate = self._clock.rate(asked) if busy else 0.0
         known = busy and rate > 0 and self._items_after is not None and status.phase_total > 0
         left = status.phase_total - status.phase_done + (self._items_after or 0)
@@ -62,8 +63,9 @@ class Reporter:
         if busy or status.state == "starting":
             self._display.show(status)
 
-    def on_progress(self, done: int, total: int) -> None:
-        """Note how many items of the present phase are answered; for `Scheduler`."""
+    def on_progress(self, done: int, total: int, under_way: int) -> None:
+        """Note how many items of the present phase are answered, and of these not recorded; for `Scheduler`."""
+        self._under_way = under_way
         self._status = replace(self._status, phase_done=done, phase_total=total)
 
     def on_event(self, recorded: Recorded | None) -> None:

@@ -239,13 +239,13 @@ def _set_up(
     budget: Budget | None = None,
     measured: tuple[float, float] | None = None,
 ) -> Setup:
-    display.show(Status(state="starting", phase="reading models and tasks"))
+    display.show(Status(state="starting", phase="starting"))
     prepare(offline=not config.uses_hub)
     from evomerge.methods.registry import get_method
     from evomerge.searching.plan import plan_search
     from evomerge.searching.setup import provide_statistics, set_up
 
-    setup = set_up(config, file=file)
+    setup = set_up(config, file=file, tell=lambda phase: display.show(Status(state="starting", phase=phase)))
     display.say(str(plan_search(setup, budget or config.budget, measured=measured)))
     if get_method(config.space.method).needs:
         provide_statistics(setup, display.say)

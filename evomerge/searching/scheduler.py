@@ -43,8 +43,8 @@ class Scheduler:
         executor: started workers.
         fingerprint: of their engine; an answer of another one stops the run.
         on_event: called after each recorded result and at least every `POLL_SECONDS` while waiting.
-        on_progress: called with (items answered, items in all) of a table before its first request, and before
-            each `on_event` that brings a result.
+        on_progress: called with (items answered, items in all, items answered in requests that are not done) of
+            a table before its first request, and before each `on_event` that brings anything new.
         cache: what earlier runs have scored with this engine; none by default.
         identity: names a recipe in the cache; its hash by default.
     """
@@ -55,7 +55,7 @@ class Scheduler:
         executor: Executor,
         fingerprint: str,
         on_event: Callable[[Recorded | None], None] = lambda _: None,
-        on_progress: Callable[[int, int], None] = lambda done, total: None,
+        on_progress: Callable[[int, int, int], None] = lambda done, total, open_: None,
         *,
         cache: ScoreCache | None = None,
         identity: Callable[[Recipe], str] = lambda recipe: recipe.hash,
@@ -82,7 +82,7 @@ class Scheduler:
             known = self._store.results(recipe.hash)
             missing += [(recipe, block) for block in blocks if block.hash not in known]
         done = total - sum(len(block.items) for _, block in missing)
-        self._on_progress(done, total)
+        self._on_progress(done, total, 0)
         waiting: dict[str, _Request] = {}
         for request in self._requests(missing):
             if request.wanted:
@@ -90,8 +90,18 @@ class Scheduler:
                 continue
             recorded = self._record(request, (), "cache")
             done += len(request.work.block.items)
-            self._on_progress(done, total)
+            self._on_progress(done, total, 0)
             self._on_event(recorded)
+        under_way: dict[str, int] = {}
+
+        def hear(work: str, items: int) -> None:
+            if work in waiting:
+                under_way[work] = items
+                answered = sum(under_way.values())
+                self._on_progress(done + answered, total, answered)
+                self._on_event(None)
+
+        self._executor.watch(hear)
         for request in waiting.values():
             self._executor.submit(request.work)
         attempts: dict[str, int] = {}
@@ -100,13 +110,16 @@ class Scheduler:
             event = self._executor.next_event(POLL_SECONDS)
             if isinstance(event, Result) and event.work in waiting:
                 request = waiting.pop(event.work)
+                under_way.pop(event.work, None)
                 recorded = self._take(event, request)
                 done += len(request.work.block.items)
-                self._on_progress(done, total)
+                answered = sum(under_way.values())
+                self._on_progress(done + answered, total, answered)
                 self._on_event(recorded)
                 continue
             if isinstance(event, WorkerLost):
                 self._record_loss(event)
+                under_way.pop(event.work, None)
                 if event.work in waiting:
                     attempts[event.work] = attempts.get(event.work, 0) + 1
                     if given_up is not None:

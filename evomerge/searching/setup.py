@@ -299,13 +299,20 @@ def provide_statistics(setup: Setup, say: Callable[[str], None]) -> None:
     )
 
 
-def set_up(config: Config, *, file: Path | str, weights: bool = True) -> Setup:
+def set_up(
+    config: Config,
+    *,
+    file: Path | str,
+    weights: bool = True,
+    tell: Callable[[str], None] = lambda phase: None,
+) -> Setup:
     """Open the models, build suite, space and blocks, and check that they fit each other.
 
     Args:
         config: validated.
         file: named in errors.
         weights: read and hash the weights (a plan does without: its recipes are not pinned).
+        tell: called with what is going on.
 
     Raises:
         UserError: with one sentence, for anything that does not fit.
@@ -317,6 +324,7 @@ def set_up(config: Config, *, file: Path | str, weights: bool = True) -> Setup:
     from evomerge.merging.vocabulary import output_vocabulary
     from evomerge.spaces import baseline_recipes, space_for
 
+    tell("reading models")
     config = adapters_on_base(config)
     probed = config.engine.batch_tokens == "auto" and config.engine.type == "hf" and weights
     checkpoints, warnings = open_models(config)
@@ -325,10 +333,13 @@ def set_up(config: Config, *, file: Path | str, weights: bool = True) -> Setup:
     config, mixed = decide_output(config, base)
     config = config.model_copy(update={"output": pin_output(config.output, checkpoints)})
     warnings += mixed
-    sources = {
-        name: source.model_copy(update={"sha256": checkpoints[name].sha256 if weights else "0" * 64})
-        for name, source in _sources(config).items()
-    }
+    sources = {}
+    for name, source in _sources(config).items():
+        digest = "0" * 64
+        if weights:
+            tell(f"hashing weights: {name}, {checkpoints[name].nbytes / 1e9:.2g} GB")
+            digest = checkpoints[name].sha256
+        sources[name] = source.model_copy(update={"sha256": digest})
     if weights:
         warnings += _same_content(sources)
     space = space_for(without_tasks(config), num_layers=base.num_layers, sources=sources, file=file)
@@ -336,7 +347,13 @@ def set_up(config: Config, *, file: Path | str, weights: bool = True) -> Setup:
     warnings += tuple(output_vocabulary(initial, checkpoints).warnings)
     tokenizer = output_tokenizer(initial, checkpoints)
     config = decide_chat_template(config, checkpoints, tokenizer, file)
-    suite = Suite.build(config.suite, config.splits, tokenizer, file=str(file))
+    suite = Suite.build(
+        config.suite,
+        config.splits,
+        tokenizer,
+        file=str(file),
+        tell=lambda task: tell(f"rendering prompts: {task}"),
+    )
     if config.space.data is not None:
         config = with_texts(config, suite)
         space = space_for(config, num_layers=base.num_layers, sources=sources, file=file)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from evomerge.evaluation.items import Item
@@ -26,13 +26,20 @@ class Executor(Protocol):
     def workers(self) -> int:
         """How many requests run at once."""
 
-    def start(self, recipe: Recipe) -> str:
+    def start(self, recipe: Recipe, tell: Callable[[str], None] = lambda phase: None) -> str:
         """Set the workers up on a first recipe; return the fingerprint that they share.
+
+        Args:
+            recipe: what they hold first.
+            tell: called with what is going on.
 
         Raises:
             UserError: a worker refused the config or its files.
             InfrastructureError: workers cannot be had, or their fingerprints differ.
         """
+
+    def watch(self, listener: Callable[[str, int], None]) -> None:
+        """From now on tell, inside `next_event`, a request's id and about how many of its items are answered."""
 
     def submit(self, work: Work) -> None:
         """Queue a request."""

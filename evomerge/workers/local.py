@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from evomerge.evaluation.items import Item
@@ -27,11 +27,17 @@ class LocalExecutor:
         self._worker: Worker | None = None
         self._queue: deque[Work] = deque()
         self._held = ""
+        self._listener: Callable[[str, int], None] = lambda work, items: None
 
-    def start(self, recipe: Recipe) -> str:
+    def start(self, recipe: Recipe, tell: Callable[[str], None] = lambda phase: None) -> str:
         """See `Executor.start`."""
-        self._worker = Worker(self._spec)
+        tell("reading models, rendering prompts and trying the engine")
+        self._worker = Worker(self._spec, tell=lambda work, items: self._listener(work, items))
         return self._worker.prepare(recipe)
+
+    def watch(self, listener: Callable[[str, int], None]) -> None:
+        """See `Executor.watch`."""
+        self._listener = listener
 
     def submit(self, work: Work) -> None:
         """See `Executor.submit`."""

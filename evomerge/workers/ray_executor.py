@@ -7,8 +7,9 @@ import signal
 import socket
 import threading
 import time
+import uuid
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from evomerge.environment import THREAD_VARIABLES, prepare
 from evomerge.errors import EvomergeError, InfrastructureError, UserError
 from evomerge.evaluation.items import Item
 from evomerge.recipe import Recipe
+from evomerge.workers.board import Board
 from evomerge.workers.executor import Event
 from evomerge.workers.queue import take
 from evomerge.workers.work import Work, WorkerLost
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 
 START_TIMEOUT = 600.0
 """Seconds that a worker may take to import, read the parents and build the suite."""
+
+LISTEN_SECONDS = 1.0
 
 OBJECT_STORE_BYTES = 128 << 20
 """Requests and results are small; weights never travel through Ray."""
@@ -58,14 +62,18 @@ class RayExecutor:
         self._fingerprint = ""
         self._gpus = 0.0
         self._connected = False
+        self._board = Board(uuid.uuid4().hex)
+        self._listener: Callable[[str, int], None] = lambda work, items: None
+        self._listened = 0.0
 
     @property
     def workers(self) -> int:
         """See `Executor.workers`."""
         return len(self._slots)
 
-    def start(self, recipe: Recipe) -> str:
+    def start(self, recipe: Recipe, tell: Callable[[str], None] = lambda phase: None) -> str:
         """See `Executor.start`."""
+        tell("starting Ray")
         prepare(offline=self._spec.offline)
         import ray
 
@@ -74,8 +82,9 @@ class RayExecutor:
         self._connect()
         count = self._count()
         self._slots = [self._spawn() for _ in range(count)]
-        prints = []
+        prints: list[str] = []
         for slot in self._slots:
+            tell(f"{len(prints)} of {count} workers are ready")
             try:
                 prints.append(str(ray.get(slot.task, timeout=START_TIMEOUT)))
             except ray.exceptions.RayTaskError as error:
@@ -93,6 +102,10 @@ class RayExecutor:
         self._fingerprint = prints[0]
         return self._fingerprint
 
+    def watch(self, listener: Callable[[str, int], None]) -> None:
+        """See `Executor.watch`."""
+        self._listener = listener
+
     def submit(self, work: Work) -> None:
         """See `Executor.submit`."""
         self._queue.append(work)
@@ -109,6 +122,7 @@ class RayExecutor:
             return None
         ready, _ = ray.wait(list(tasks), num_returns=1, timeout=timeout)
         if not ready:
+            self._listen()
             return None
         slot = tasks[ready[0]]
         return self._collect(slot)
@@ -133,10 +147,23 @@ class RayExecutor:
         self._queue.clear()
         for slot in self._slots:
             ray.kill(slot.actor)
+        if self._slots:
+            self._board.clear()
         self._slots = []
         if self._connected:
             ray.shutdown()
             self._connected = False
+
+    def _listen(self) -> None:
+        """Pass on, once a second, how far the workers are."""
+        if time.monotonic() - self._listened < LISTEN_SECONDS:
+            return
+        self._listened = time.monotonic()
+        for slot in self._slots:
+            if slot.work is not None:
+                items = self._board.read(slot.work.id)
+                if items:
+                    self._listener(slot.work.id, items)
 
     def _connect(self) -> None:
         import ray
@@ -207,7 +234,7 @@ class RayExecutor:
                 max_restarts=0,
                 runtime_env={"env_vars": dict.fromkeys(THREAD_VARIABLES, threads)},
             )
-            .remote(self._spec, name)
+            .remote(self._spec, name, self._board.tell)
         )
         return _Slot(name=name, actor=actor, task=actor.prepare.remote(self._first))
 

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from evomerge.evaluation.suite import Preview
 
 
+TELL_SECONDS = 0.5
+
+
 @dataclass(frozen=True)
 class WorkerSpec:
     """Everything that a worker needs to set itself up, on any machine that sees the same files.
@@ -51,11 +54,22 @@ class Worker:
     """Materialises recipes and scores blocks, one request at a time.
 
     Construction costs nothing; `prepare` comes first and sets everything up.
+
+    Args:
+        spec: what it needs.
+        name: for the log.
+        tell: called with a request's id and how many of its items are answered, at most every `TELL_SECONDS`.
     """
 
-    def __init__(self, spec: WorkerSpec, name: str = "local") -> None:
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        name: str = "local",
+        tell: Callable[[str, int], None] = lambda work, items: None,
+    ) -> None:
         self.name = name
         self._spec = spec
+        self._tell = tell
         self._bench: _Bench | None = None
 
     def prepare(self, recipe: Recipe) -> str:
@@ -92,7 +106,8 @@ class Worker:
         """
         bench = self._ready()
         try:
-            outcomes = tuple(_score(bench, recipe, work.wanted) for recipe in work.recipes)
+            told = _Told(work.id, self._tell)
+            outcomes = tuple(_score(bench, recipe, work.wanted, told) for recipe in work.recipes)
             return Result(work=work.id, outcomes=outcomes, fingerprint=bench.fingerprint, worker=self.name)
         except Exception as error:
             lost = loss(error)
@@ -181,7 +196,30 @@ def _open(sources: Mapping[str, Source]) -> dict[str, Checkpoint]:
     return opened
 
 
-def _score(bench: _Bench, recipe: Recipe, parts: Sequence[Part]) -> Scored:
+class _Told:
+    """Tells now and then how many items of a request are answered."""
+
+    def __init__(self, work: str, tell: Callable[[str, int], None]) -> None:
+        self._work, self._tell = work, tell
+        self._done = 0
+        self._last = time.monotonic()
+
+    def part(self, items: int) -> None:
+        """Note about how many items of the present part are answered."""
+        now = time.monotonic()
+        if now - self._last >= TELL_SECONDS:
+            self._last = now
+            # Progress is not worth failing for.
+            with contextlib.suppress(Exception):
+                self._tell(self._work, self._done + items)
+
+    def finish(self, part: Part) -> None:
+        """Note that a part is done."""
+        self._done += len(part.items)
+        self.part(0)
+
+
+def _score(bench: _Bench, recipe: Recipe, parts: Sequence[Part], told: _Told) -> Scored:
     """Score one recipe on some parts, up to the first on which it fails."""
     started = merged = time.perf_counter()
     outcomes: list[PartOutcome] = []
@@ -189,7 +227,8 @@ def _score(bench: _Bench, recipe: Recipe, parts: Sequence[Part]) -> Scored:
         engine = bench.hold(recipe)
         merged = time.perf_counter()
         for part in parts:
-            outcomes.append(bench.suite.score_part(engine, part))
+            outcomes.append(bench.suite.score_part(engine, part, told.part))
+            told.finish(part)
             if outcomes[-1].failure is not None:
                 break
     except CandidateFailed as reason:

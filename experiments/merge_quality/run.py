@@ -24,6 +24,8 @@ from typing import Any
 from entries import ENTRIES, EXPERTS, PAIR, Entry
 
 from evomerge.config import OptimizerConfig, load_config
+from evomerge.errors import CandidateFailed, InfrastructureError
+from evomerge.evaluation.blocks import put_together
 from evomerge.evaluation.statistics import Comparison, Table, compare_all, score, suite_mean
 from evomerge.methods import get_method
 from evomerge.optimizers import make_optimizer
@@ -33,7 +35,7 @@ from evomerge.searching.ranking import rank, values_of
 from evomerge.searching.results import versions
 from evomerge.searching.setup import set_up
 from evomerge.spaces.genotype import Coordinate, Genotype
-from evomerge.workers.work import Work
+from evomerge.workers.work import Work, WorkerLost
 from evomerge.workers.worker import Worker
 
 HERE = Path(__file__).resolve().parent
@@ -96,10 +98,15 @@ class Bench:
         table: dict[str, dict[str, Any]] = {}
         blocks = self.setup.blocks[split]
         for block in blocks[:SEARCH_BLOCKS] if split == "search" else blocks:
-            (outcome,) = self.worker.run(Work("", (recipe,), block)).outcomes
-            if outcome.failure is not None:
-                return outcome.failure
-            for item in outcome.scores:
+            answer = self.worker.run(Work("", (recipe,), block))
+            if isinstance(answer, WorkerLost):
+                raise InfrastructureError(answer.reason)
+            (scored,) = answer.outcomes
+            try:
+                scores = put_together(block, scored.parts, check_degenerate=split == "search")
+            except CandidateFailed as reason:
+                return str(reason)
+            for item in scores:
                 table.setdefault(item.task, {})[item.item] = item
         return values_of(table, raw=True)
 

@@ -32,6 +32,7 @@ class FakeExecutor:
         empty: share of the polls that bring nothing.
         failures: recipe hash → reason.
         fingerprint: of all answers.
+        tells: how many of the waiting requests are said to have an item answered, with each empty poll.
     """
 
     workers = 3
@@ -45,6 +46,7 @@ class FakeExecutor:
         empty: float = 0.0,
         failures: dict[str, str] | None = None,
         fingerprint: str = "f",
+        tells: int = 0,
     ) -> None:
         self.asked: list[Work] = []
         self.extra: deque[Event] = deque()
@@ -53,9 +55,14 @@ class FakeExecutor:
         self._lost: Counter[str] = Counter()
         self._losses, self._repeats, self._empty = losses, repeats, empty
         self._failures, self._fingerprint = failures or {}, fingerprint
+        self._tells = tells
+        self._listener: Callable[[str, int], None] = lambda work, items: None
 
-    def start(self, recipe: Recipe) -> str:
+    def start(self, recipe: Recipe, tell: Callable[[str], None] = lambda phase: None) -> str:
         return self._fingerprint
+
+    def watch(self, listener: Callable[[str, int], None]) -> None:
+        self._listener = listener
 
     def submit(self, work: Work) -> None:
         self.asked.append(work)
@@ -65,6 +72,9 @@ class FakeExecutor:
         if self.extra:
             return self.extra.popleft()
         if not self._queue or self._random.random() < self._empty:
+            for work in self._queue[: self._tells]:
+                self._listener(work.id, 1)
+            self._listener("of an earlier table", 5)
             return None
         work = self._queue.pop(self._random.randrange(len(self._queue)))
         losses = self._losses(work)
@@ -142,11 +152,24 @@ def test_waiting_is_announced_too(store: Store) -> None:
 
 def test_progress_tells_items_answered_and_items_in_all(store: Store) -> None:
     Scheduler(store, FakeExecutor(), "f").complete(RECIPES[:1], BLOCKS[:1])
-    told: list[tuple[int, int]] = []
+    told: list[tuple[int, ...]] = []
     executor = FakeExecutor(failures={RECIPES[1].hash: "bad"}, losses=lambda work: 1)
-    scheduler = Scheduler(store, executor, "f", on_progress=lambda done, total: told.append((done, total)))
+    scheduler = Scheduler(store, executor, "f", on_progress=lambda *items: told.append(items))
     scheduler.complete(RECIPES[:2], BLOCKS[:2])
-    assert told == [(3, 12), (6, 12), (9, 12), (12, 12)]
+    assert told == [(3, 12, 0), (6, 12, 0), (9, 12, 0), (12, 12, 0)]
+
+
+def test_what_workers_tell_between_results_is_progress(store: Store) -> None:
+    told: list[tuple[int, ...]] = []
+    executor = FakeExecutor(empty=0.5, tells=2)
+    scheduler = Scheduler(store, executor, "f", on_progress=lambda *items: told.append(items))
+    scheduler.complete(RECIPES[:2], BLOCKS[:2])
+    assert told[0] == (0, 12, 0)
+    assert told[-1] == (12, 12, 0)
+    assert any(open_ for _, _, open_ in told)
+    recorded = [done - open_ for done, _, open_ in told]
+    assert recorded == sorted(recorded)
+    assert all(0 <= done <= 12 for done, _, _ in told)
 
 
 def test_nothing_known_is_asked_again(store: Store) -> None:

@@ -20,6 +20,7 @@ from evomerge.errors import InfrastructureError, UserError
 from evomerge.searching.run import executor_for
 from evomerge.searching.rundir import open_run, read_status
 from evomerge.searching.setup import Setup, set_up
+from evomerge.workers.board import Board
 from evomerge.workers.executor import Executor
 from evomerge.workers.work import Result, Work, WorkerLost
 from tests.tasks import make_config, make_tasks
@@ -100,8 +101,9 @@ def test_ray_and_local_workers_score_alike(executor: Executor, setup: Setup) -> 
     assert not lost
     assert {r.fingerprint for r in there.values()} == {local_print}
     for work in works:
-        assert here[work.id].outcomes[0].scores == there[work.id].outcomes[0].scores
-        assert len(here[work.id].outcomes[0].scores) == len(work.block.items)
+        (ours,), (theirs,) = here[work.id].outcomes, there[work.id].outcomes
+        assert ours.parts == theirs.parts
+        assert sum(len(part.scores) for part in ours.parts) == len(work.block.items)
     assert len({r.worker for r in there.values()}) == 2
 
 
@@ -119,6 +121,33 @@ def test_a_killed_worker_is_replaced_and_its_request_reported(executor: Executor
     assert len(results) == len(works)
     assert [event.worker for event in lost] == ["worker-0"]
     assert executor.workers == 2
+
+
+def test_workers_say_how_far_they_are_without_being_asked(executor: Executor) -> None:
+    import ray
+
+    del executor  # has the cluster
+    board, other = Board("one"), Board("two")
+    other.tell("request", 3)
+    ray.get(ray.remote(num_cpus=0.1)(lambda: board.tell("request", 11)).remote())
+    assert (board.read("request"), other.read("request"), board.read("nobody's")) == (11, 3, 0)
+    board.clear()
+    assert (board.read("request"), other.read("request")) == (0, 3)
+
+
+def test_what_they_say_is_passed_on_while_they_work(executor: Executor, setup: Setup) -> None:
+    works = works_of(setup, ("a", "uniform"), "progress")
+    heard: list[tuple[str, int]] = []
+    executor.watch(lambda work, items: heard.append((work, items)))
+    board = executor._board  # type: ignore[attr-defined]
+    gather(executor, works, meanwhile=lambda: [board.tell(work.id, 5) for work in works])
+    executor._listened = 0.0  # type: ignore[attr-defined]
+    slot = executor._slots[0]  # type: ignore[attr-defined]
+    slot.work = works[0]
+    executor._listen()  # type: ignore[attr-defined]
+    slot.work = None
+    assert (works[0].id, 5) in heard
+    assert {work for work, _ in heard} <= {work.id for work in works}
 
 
 def test_a_worker_that_refuses_its_files_gives_the_users_sentence(
