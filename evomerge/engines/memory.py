@@ -52,8 +52,11 @@ def working_memory(
     vocabulary = int(config.get("vocab_size") or 0)
     tokens = int(settings.batch_tokens)
     activations = tokens * width * (_WIDE_ACTIVATIONS * wide + _NARROW_ACTIVATIONS * hidden)
-    if str(settings.type) != "hf":
-        return WorkingMemory(None, 0, activations)
+    if settings.type == "vllm":
+        from evomerge.engines import vllm_options
+
+        cache = vllm_options.cache_bytes(str(settings.device), settings.options)
+        return WorkingMemory(cache, tokens * vocabulary * 4 * _LOGIT_COPIES, activations)
     # Imported here: they need torch, and other engines do without.
     from evomerge.engines.generation import ROWS, SLOT_BYTES
     from evomerge.engines.live import LOGITS_AT_ONCE

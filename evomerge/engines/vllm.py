@@ -26,6 +26,7 @@ from evomerge.losses import loss
 Plan = TypeVar("Plan")
 _KEPT_PLANS = 512
 _SENTINEL_TOKENS = 8
+_LIKELIEST = 4
 
 SPARE_TOKENS = 2
 """vLLM always generates a token behind a prompt, and a scored text has one token more than its input."""
@@ -111,9 +112,11 @@ class VLLMEngine:
         self._encoder = Encoder(tokenizer)
         self._penalty = inputs.repetition_penalty(generation_config, "vllm")
         self._ends = inputs.ends(generation_config, tokenizer)
-        self._options = {**vllm_options.defaults(device, batch_tokens), **options}
-        if "gpu_memory_utilization" in options and "kv_cache_memory_bytes" not in options:
-            self._options.pop("kv_cache_memory_bytes", None)
+        self._options = {
+            **vllm_options.defaults(device, batch_tokens),
+            "kv_cache_memory_bytes": vllm_options.cache_bytes(device, options),
+            **options,
+        }
         self._plans: OrderedDict[Any, Any] = OrderedDict()
         self._stops: dict[tuple[str, ...], Stops] = {}
         self._llm: Any = _start(
@@ -187,12 +190,14 @@ class VLLMEngine:
         from vllm import SamplingParams
 
         prompts = self._plan("generate", requests, inputs.prompts)
-        # vLLM's text is used only to stop: special tokens stay in it, since they may be stop strings.
+        # vLLM's text is used only to stop: special tokens stay in it, since they may be stop strings. Its EOS
+        # is that of the tokenizer's class, which beside a config need not be the class that was saved.
         settings = [
             SamplingParams(
                 temperature=0.0,
                 max_tokens=request.max_tokens,
                 stop=[stop for stop in (*request.stops, self._encoder.eos) if stop],
+                ignore_eos=True,
                 stop_token_ids=sorted(self._ends),
                 repetition_penalty=self._penalty,
                 logprobs=0,
@@ -259,7 +264,7 @@ class VLLMEngine:
         """
         block = int(self._llm.llm_engine.vllm_config.cache_config.block_size)
         length = max(2, min(block + 9, self.max_length - _SENTINEL_TOKENS))
-        tokens = len(self.tokenizer)
+        tokens = int(self._llm.llm_engine.model_config.get_vocab_size())
         prompt = [(7919 * i + 11) % tokens for i in range(length)]
         read, computed = (self._sentinel(prompt, anew=anew) for anew in (False, True))
         if not replace(read, prompt=computed.prompt).agrees(computed, self.tolerance):
@@ -276,7 +281,7 @@ class VLLMEngine:
             ignore_eos=True,
             detokenize=False,
             logprobs=0,
-            prompt_logprobs=1 if anew else None,
+            prompt_logprobs=_LIKELIEST if anew else None,
             flat_logprobs=True,
             skip_reading_prefix_cache=anew,
         )
@@ -324,7 +329,7 @@ class VLLMEngine:
         ]
         unique = list(dict.fromkeys(texts))
         settings = SamplingParams(
-            temperature=0.0, max_tokens=1, prompt_logprobs=1, flat_logprobs=True, detokenize=False
+            temperature=0.0, max_tokens=1, prompt_logprobs=_LIKELIEST, flat_logprobs=True, detokenize=False
         )
         outputs = self._ask(unique, [settings] * len(unique))
         scored = {
@@ -412,15 +417,20 @@ def _pack_heads(model: torch.nn.Module) -> None:
 
 
 def _prompt_scores(found: Any) -> tuple[list[float], list[bool]]:
-    """Return each prompt token's log-probability and whether it is the likeliest; the first has none.
+    """Return each prompt token's log-probability and whether greedy decoding gives it; the first has none.
 
-    At each position vLLM lists the prompt's own token first, then the likeliest.
+    At each position vLLM lists the prompt's own token first, then the `_LIKELIEST`. Of equally likely tokens
+    (bfloat16 has many) greedy decoding gives the first of the vocabulary; if all that are listed are equally
+    likely, there may be an earlier one that is not.
     """
     logprobs, greedy = [], []
     for start, end in list(zip(found.start_indices, found.end_indices, strict=True))[1:]:
         own = found.logprobs[start]
+        tied = [found.token_ids[i] for i in range(start + 1, end) if found.logprobs[i] == own]
+        best = own >= max(found.logprobs[start:end])
         logprobs.append(own)
-        greedy.append(own >= max(found.logprobs[start:end]))
+        first = not tied or found.token_ids[start] <= min(tied)
+        greedy.append(best and first and len(tied) < _LIKELIEST)
     return logprobs, greedy
 
 

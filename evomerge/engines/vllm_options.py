@@ -14,6 +14,7 @@ from evomerge.schema import shown
 VERSION = "vllm-v1"
 
 _KEY = "engine.options"
+_CPU_CACHE_BYTES = 1 << 30
 _PARALLEL = (
     "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "prefill_context_parallel_size",
     "decode_context_parallel_size",
@@ -27,7 +28,7 @@ _DECIDED = {
     "hf_config_path": "the recipe decides it",
     "hf_overrides": "the recipe decides it",
     "config_format": "the recipe decides it",
-    "dtype": "write output.dtype: what is scored is what is exported",
+    "dtype": "write engine.dtype",
     "max_model_len": "write engine.max_length",
     "max_num_batched_tokens": "write engine.batch_tokens",
     "generation_config": "the base model's generation_config.json decides it",
@@ -112,6 +113,13 @@ def packing_name(batch_tokens: int) -> str:
     return f"{VERSION}:{batch_tokens}"
 
 
+def cache_bytes(device: str, options: Mapping[str, Any]) -> int | None:
+    """Return the size of the KV cache, or None where it is a share of the device's memory."""
+    if "kv_cache_memory_bytes" in options:
+        return int(options["kv_cache_memory_bytes"])
+    return None if device != "cpu" or "gpu_memory_utilization" in options else _CPU_CACHE_BYTES
+
+
 def defaults(device: str, batch_tokens: int) -> dict[str, Any]:
     """Return the engine arguments that a config may set, where it does not.
 
@@ -124,6 +132,4 @@ def defaults(device: str, batch_tokens: int) -> dict[str, Any]:
         "enable_chunked_prefill": True,
         "enforce_eager": device == "cpu",
     }
-    if device == "cpu":
-        decided["kv_cache_memory_bytes"] = 1 << 30
     return decided

@@ -89,6 +89,23 @@ def answers(engine: Any) -> Any:
     return engine.loglikelihood(CHOICES), engine.loglikelihood_rolling(TEXTS), engine.generate(PROMPTS)
 
 
+def fresh_engine(models: Models, folder: Path, generation_config: Any = None) -> Any:
+    """Start vLLM on a merged model on disk, the usual way."""
+    from evomerge.engines.vllm import VLLMEngine
+
+    return VLLMEngine(
+        folder,
+        models.tokenizer,
+        generation_config=generation_config,
+        dtype=models.dtype,
+        device="cpu",
+        batch_tokens=512,
+        max_length=200,
+        options=OPTIONS,
+        load_format="safetensors",
+    )
+
+
 @pytest.fixture(scope="module", params=list(KINDS))
 def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Models:
     kind, options = KINDS[request.param]
@@ -132,21 +149,9 @@ def test_a_swapped_engine_answers_like_a_fresh_one(
     models: Models, swapped: dict[float, Any], host: Any, tmp_path: Path
 ) -> None:
     host.close()
-    from evomerge.engines.vllm import VLLMEngine
-
     for weight in (2.0, -1.0):
         folder = merge(models.recipe(weight), tmp_path / f"merged{weight}")
-        fresh = VLLMEngine(
-            folder,
-            models.tokenizer,
-            generation_config=None,
-            dtype=models.dtype,
-            device="cpu",
-            batch_tokens=512,
-            max_length=200,
-            options=OPTIONS,
-            load_format="safetensors",
-        )
+        fresh = fresh_engine(models, folder)
         found = answers(fresh)
         fresh.close()
         assert found == swapped[weight]
@@ -179,9 +184,7 @@ def test_a_prefix_cache_that_cannot_be_emptied_is_a_loss(llama: Models, held: An
         engine.generate(PROMPTS)
 
 
-def test_weights_that_are_not_finite_fail_their_candidate_only(
-    llama: Models, held: Any, tmp_path: Path
-) -> None:
+def test_weights_that_are_not_finite_fail_their_candidate_only(llama: Models, held: Any) -> None:
     before = answers(held.hold(llama.recipe(0.3)))
     # So large that the merged weights are infinite, after the first tensors.
     with pytest.raises(CandidateFailed, match="the merged weights are not finite"):
@@ -189,7 +192,7 @@ def test_weights_that_are_not_finite_fail_their_candidate_only(
     assert answers(held.hold(llama.recipe(0.3))) == before
     # Finite weights whose logits are not.
     with pytest.raises(CandidateFailed, match="a logit is not finite"):
-        held.hold(llama.recipe(1e30))
+        held.hold(llama.recipe(1e18))
     assert answers(held.hold(llama.recipe(0.3))) == before
 
 
@@ -246,27 +249,15 @@ def test_stop_strings_and_penalties_are_those_of_the_hugging_face_engine(
 ) -> None:
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    from evomerge.engines.vllm import VLLMEngine
-
     folder = merge(llama.recipe(0.3), tmp_path / "merged")
     model = AutoModelForCausalLM.from_pretrained(folder)
     config = GenerationConfig(repetition_penalty=1.4, eos_token_id=[1, 77], temperature=0.7, do_sample=True)
     model.generation_config = config
     hf = HFEngine(model, llama.tokenizer, batch_tokens=512, max_length=200)
     free = [text.text for text in hf.generate([Generation(f"prompt {i}", (), 24) for i in range(8)])]
-    stops = [(text[len(text) // 2 :][:2] or "x", "</s>") for text in free]
+    stops = [(text[len(text) // 2 :][:2] or "x", "</s>") if i % 2 else () for i, text in enumerate(free)]
     requests = [Generation(f"prompt {i}", stop, 24) for i, stop in enumerate(stops)]
-    engine = VLLMEngine(
-        folder,
-        llama.tokenizer,
-        generation_config=config,
-        dtype=torch.float32,
-        device="cpu",
-        batch_tokens=512,
-        max_length=200,
-        options=OPTIONS,
-        load_format="safetensors",
-    )
+    engine = fresh_engine(llama, folder, config)
     try:
         expected = hf.generate(requests)
         assert engine.generate(requests) == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 
 from evomerge.config import Engine, load_config
 from evomerge.engines import check_engine, default_batch_tokens, open_host, packing_name, vllm_options
-from evomerge.engines.vllm import Sentinel
+from evomerge.engines.vllm import Sentinel, _prompt_scores
 from evomerge.engines.vllm_check import write_weights
 from evomerge.engines.vllm_host import _max_length, _Whole
 from evomerge.errors import CandidateFailed, UserError
@@ -66,7 +67,7 @@ def test_without_vllm_the_user_is_told_how_to_install_it(monkeypatch: pytest.Mon
     [
         ("max_num_sequences", 4, r"no such engine argument \(did you mean 'max_num_seqs'\?\)"),
         ("max_model_len", 4, "cannot be set here: write engine.max_length"),
-        ("dtype", "half", "cannot be set here: write output.dtype"),
+        ("dtype", "half", "cannot be set here: write engine.dtype"),
         ("load_format", "auto", "cannot be set here: weights are handed over in memory"),
         ("quantization", "fp8", "not supported: candidates swap their weights in one plain model"),
         ("tensor_parallel_size", 2, "2 is not supported: a worker holds its model on one device"),
@@ -101,6 +102,21 @@ def test_batches_are_named_by_engine_and_budget() -> None:
     assert packing_name(settings()) == "vllm-v1:512"
     assert default_batch_tokens("vllm", "cpu") < default_batch_tokens("vllm", "cuda")
     assert vllm_options.defaults("cpu", 16)["max_num_seqs"] == 16
+
+
+@pytest.mark.parametrize(
+    ("device", "options", "size"),
+    [
+        ("cpu", {}, 1 << 30),
+        ("cuda", {}, None),
+        ("cpu", {"gpu_memory_utilization": 0.5}, None),
+        ("cuda", {"kv_cache_memory_bytes": 5}, 5),
+    ],
+)
+def test_the_size_of_the_cache_is_known_where_it_is_not_a_share(
+    device: str, options: dict[str, Any], size: int | None
+) -> None:
+    assert vllm_options.cache_bytes(device, options) == size
 
 
 @pytest.mark.parametrize(
@@ -151,3 +167,47 @@ def test_weights_are_written_in_files_of_bounded_size(
     assert len(files) == 3
     read = {name: tensor for file in files for name, tensor in load_file(file).items()}
     assert all(torch.equal(read[name], tensors[name]) for name in tensors)
+
+
+@dataclass
+class Flat:
+    """The part of vLLM's `FlatLogprobs` that is read: positions with several (token, log-probability)."""
+
+    positions: list[list[tuple[int, float]]]
+
+    @property
+    def start_indices(self) -> list[int]:
+        return [sum(map(len, self.positions[:i])) for i in range(len(self.positions))]
+
+    @property
+    def end_indices(self) -> list[int]:
+        return [sum(map(len, self.positions[: i + 1])) for i in range(len(self.positions))]
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [token for position in self.positions for token, _ in position]
+
+    @property
+    def logprobs(self) -> list[float]:
+        return [logprob for position in self.positions for _, logprob in position]
+
+
+def test_of_equally_likely_tokens_the_first_is_greedy() -> None:
+    likeliest = (7, -0.5), (9, -0.5), (3, -2.0), (4, -3.0)
+    uniform = [(token, -1.0) for token in (5, 6, 7, 8)]
+    found = Flat(
+        [
+            [],
+            [(7, -0.5), *likeliest],
+            [(9, -0.5), *likeliest],
+            [(3, -2.0), *likeliest],
+            [(11, -9.0), *likeliest],
+            [(5, -1.0), *uniform],
+            [(2, -0.1), (2, -0.1), (7, -3.0), (8, -3.0), (9, -3.0)],
+            [(2, math.nan), *((token, math.nan) for token in (2, 7, 8, 9))],
+        ]
+    )
+    logprobs, greedy = _prompt_scores(found)
+    assert logprobs[:-1] == [-0.5, -0.5, -2.0, -9.0, -1.0, -0.1]
+    assert math.isnan(logprobs[-1])
+    assert greedy == [True, False, False, False, False, True, False]
