@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from evomerge.errors import UserError, in_file, nearest
+from evomerge.layers_config import MERGED, LayerSpace
 from evomerge.methods.registry import get_method
-from evomerge.output import Output
+from evomerge.output import BASE, Output
 from evomerge.overrides import overridden
 from evomerge.recipe import expand_home, resolve_output, resolve_source
 from evomerge.schema import Frozen, Number, Positive, Whole, dump_yaml, read_yaml, shown, validate
@@ -20,12 +21,12 @@ from evomerge.space_config import Space
 
 Auto = Literal["auto"]
 
-RESERVED = ("base", "initial", "uniform", "merge", "expert", "shared")
+RESERVED = ("base", "initial", "uniform", "merge", MERGED, "expert", "shared")
 """Names that an expert cannot have: those of baselines and merges, and the words of `per`."""
 
 
-SMALLEST_CMA_POPULATION = 4
-"""Below it CMA-ES has no half of a generation to learn from."""
+SMALLEST_POPULATION = 4
+"""Below it an evolution strategy has no half of a generation to learn from."""
 
 
 class ModelRef(Frozen):
@@ -84,17 +85,21 @@ class Models(Frozen):
 
 
 class OptimizerConfig(Frozen):
-    """The optimiser. `sigma` (cma) is the first step's standard deviation in [0, 1] of each range."""
+    """The optimiser. `sigma` (cma, catcma) is the first step's standard deviation in [0, 1] of each range.
 
-    type: Literal["cma", "tpe", "random"] = "cma"
+    A search over layer paths has `edits` by default, or with indicators `catcma`.
+    """
+
+    type: Literal["cma", "catcma", "edits", "tpe", "random"] = "cma"
     sigma: Annotated[Number, Field(gt=0, le=1)] = 0.2
     population: Auto | Positive = "auto"
 
     @model_validator(mode="after")
     def _enough_to_rank(self) -> OptimizerConfig:
-        if self.type == "cma" and self.population != "auto" and self.population < SMALLEST_CMA_POPULATION:
+        ranks = self.type in ("cma", "catcma", "edits")
+        if ranks and self.population != "auto" and self.population < SMALLEST_POPULATION:
             raise ValueError(
-                f"population: {self.population} is too small; cma needs {SMALLEST_CMA_POPULATION} or more"
+                f"population: {self.population} is too small; {self.type} needs {SMALLEST_POPULATION} or more"
             )
         return self
 
@@ -515,13 +520,28 @@ class Cache(Frozen):
     scores: bool | Annotated[str, Field(min_length=1)] = True
 
 
+SPACES = {"coefficients": Space, "layers": LayerSpace}
+"""The kinds of search space, by `type`."""
+
+
+def _kind_of_space(space: Any) -> str:
+    kind = space.get("type") if isinstance(space, dict) else getattr(space, "type", None)
+    return SPACES.get(kind if isinstance(kind, str) else "", Space).__name__
+
+
+AnySpace = Annotated[
+    Annotated[Space, Tag("Space")] | Annotated[LayerSpace, Tag("LayerSpace")],
+    Discriminator(_kind_of_space),
+]
+
+
 class Config(Frozen):
     """A complete search."""
 
     version: Literal[1] = 1
     name: str = "search"
     models: Models
-    space: Space
+    space: AnySpace
     optimizer: OptimizerConfig = OptimizerConfig()
     budget: Budget
     suite: Suite
@@ -542,6 +562,23 @@ class Config(Frozen):
             )
         return name
 
+    @model_validator(mode="before")
+    @classmethod
+    def _optimizer_of_space(cls, data: Any) -> Any:
+        """Let the kind of space choose the optimiser, where nobody has."""
+        space = data.get("space") if isinstance(data, dict) else None
+        if not isinstance(space, dict):
+            return data
+        kind = space.get("type", "coefficients")
+        if not isinstance(kind, str) or kind not in SPACES:
+            hint = nearest(str(kind), SPACES)
+            raise ValueError(f"space.type: {shown(kind)} is not accepted: give {' or '.join(SPACES)}{hint}")
+        optimizer = data.get("optimizer", {})
+        if kind == "coefficients" or not isinstance(optimizer, dict) or "type" in optimizer:
+            return data
+        best = "catcma" if space.get("genome") == "indicators" else "edits"
+        return {**data, "optimizer": {"type": best, **optimizer}}
+
     @model_validator(mode="after")
     def _consistent(self) -> Config:
         self.output.check(("base", *self.models.experts))
@@ -550,42 +587,86 @@ class Config(Frozen):
                 f"engine.dtype: {self.engine.dtype}, but output.dtype is {self.output.dtype}; what is scored is what "
                 "is exported: give one of them only, or the same for both"
             )
-        method = get_method(self.space.method)
+        if isinstance(self.space, LayerSpace):
+            self._check_layers(self.space)
+        else:
+            self._check_coefficients(self.space)
+        return self
+
+    def _check_layers(self, space: LayerSpace) -> None:
+        names = ("base", *self.models.experts)
+        for name in space.pool:
+            if name not in names:
+                raise ValueError(
+                    f"space.pool: no model is called '{name}'{nearest(name, names)}; give names out of "
+                    f"{', '.join(names)}"
+                )
+        if self.optimizer.type == "tpe":
+            raise ValueError(
+                "optimizer.type: tpe is not accepted: it starts anywhere in the space, where no path is a working "
+                "model; use edits or catcma"
+            )
+        if self.optimizer.type == "cma" and space.genome != "indicators":
+            raise ValueError("optimizer.type: cma searches paths as indicators; set space.genome: indicators")
+
+    def _check_coefficients(self, space: Space) -> None:
+        method = get_method(space.method)
         try:
-            base = "base" if self.space.base else None
-            method.check_inputs(base, tuple(self.models.experts), "space.method", self.space.dialect)
+            base = "base" if space.base else None
+            method.check_inputs(base, tuple(self.models.experts), "space.method", space.dialect)
         except ValueError as error:
             raise ValueError(f"{error}; models.experts lists {', '.join(self.models.experts)}") from None
-        if self.space.data is not None:
+        if space.data is not None:
             try:
-                self.space.data.check_inputs(tuple(self.models.experts))
+                space.data.check_inputs(tuple(self.models.experts))
             except ValueError as error:
                 raise ValueError(f"space.data.{error}") from None
-        for name, specs in self.space.parameters.items():
+        for name, specs in space.parameters.items():
             for spec in specs:
                 if spec.per not in (None, "expert", "shared", *self.models.experts):
                     raise ValueError(
                         f"space.parameters.{name}.per: '{spec.per}' is neither expert, shared nor an expert's name"
                         f"{nearest(str(spec.per), self.models.experts)}"
                     )
-        for parameter in method.parameters_in(self.space.dialect):
-            if (
-                parameter.default_in(self.space.dialect) is None
-                and parameter.name not in self.space.parameters
-            ):
+        for parameter in method.parameters_in(space.dialect):
+            if parameter.default_in(space.dialect) is None and parameter.name not in space.parameters:
                 raise ValueError(f"space.parameters: {method.name} needs '{parameter.name}'")
-        if not any(spec.searched for specs in self.space.parameters.values() for spec in specs):
+        if not any(spec.searched for specs in space.parameters.values() for spec in specs):
             raise ValueError(
                 "space.parameters: nothing is searched; give at least one parameter a range, "
                 "or use 'evomerge merge' for a fixed recipe"
             )
+        if self.optimizer.type == "edits":
+            raise ValueError("optimizer.type: edits changes layer paths; use cma, catcma, tpe or random")
         if self.optimizer.type == "cma":
-            for name, specs in self.space.parameters.items():
+            for name, specs in space.parameters.items():
                 if any(spec.choices is not None for spec in specs):
                     raise ValueError(
-                        f"space.parameters.{name}: choices need optimizer.type tpe or random; cma searches numbers"
+                        f"space.parameters.{name}: choices need optimizer.type catcma, tpe or random; "
+                        "cma searches numbers"
                     )
-        return self
+
+    @property
+    def coefficients(self) -> Space | None:
+        """The space of merge coefficients, if that is what is searched."""
+        return self.space if isinstance(self.space, Space) else None
+
+    @property
+    def layers(self) -> LayerSpace | None:
+        """The space of layer paths, if that is what is searched."""
+        return self.space if isinstance(self.space, LayerSpace) else None
+
+    @property
+    def form(self) -> Output:
+        """The output of every recipe of the search; layer paths have the tokenizer of the pool's first model."""
+        first = self.layers.pool[0] if self.layers is not None else BASE
+        if self.output.tokenizer is not None or first in (BASE, MERGED):
+            return self.output.form
+        return self.output.model_copy(update={"tokenizer": first}).form
+
+    def with_coefficients(self, space: Space) -> Config:
+        """Return the config with another space of merge coefficients."""
+        return self.model_copy(update={"space": space})
 
     def to_yaml(self) -> str:
         """Return the normalised config: every default written out, paths absolute."""
@@ -644,11 +725,12 @@ def _absolute(config: Config, folder: Path) -> Config:
     tasks = tuple(task.placed(folder) for task in config.suite.tasks)
     suite = config.suite.model_copy(update={"include": include, "tasks": tasks})
     output = resolve_output(config.output, ("base", *config.models.experts), folder)
-    space = config.space
-    if space.data is not None:
-        space = space.model_copy(update={"data": space.data.placed(folder)})
     cache = config.cache
     if isinstance(cache.scores, str):
         cache = Cache(scores=str((folder / expand_home(cache.scores)).resolve()))
-    changed = {"models": models, "space": space, "suite": suite, "output": output, "cache": cache}
-    return config.model_copy(update=changed)
+    changed = {"models": models, "suite": suite, "output": output, "cache": cache}
+    config = config.model_copy(update=changed)
+    space = config.coefficients
+    if space is None or space.data is None:
+        return config
+    return config.with_coefficients(space.model_copy(update={"data": space.data.placed(folder)}))

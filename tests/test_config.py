@@ -210,7 +210,7 @@ MISTAKES = [
     ),
     (
         f"{P}={{weight: {{choices: [0.1, 0.2]}}}}",
-        f"{W}: choices need optimizer.type tpe or random; cma searches numbe",
+        f"{W}: choices need optimizer.type catcma, tpe or random; cma",
     ),
     (
         f"{P}={{weight: {{choices: [0.1]}}}}",
@@ -265,7 +265,10 @@ MISTAKES = [
     ("budget={hours: 0}", f"budget.hours: 0 {POSITIVE}"),
     ("budget=300", "budget: 300 is not accepted: give a mapping of keys to values"),
     ("budget=", "budget: is empty; give a mapping of keys to values"),
-    ("optimizer.type=cmaes", "optimizer.type: 'cmaes' is not accepted: give cma, tpe or random"),
+    (
+        "optimizer.type=cmaes",
+        "optimizer.type: 'cmaes' is not accepted: give cma, catcma, edits, tpe or random",
+    ),
     ("optimizer.sigma=0", f"optimizer.sigma: 0 {POSITIVE}"),
     ("optimizer.sigma=2", "optimizer.sigma: 2 is not accepted: give a number of at most 1"),
     (

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,8 @@ class CMA:
     - An integer coordinate moves continuously, and `evomerge.spaces` rounds it; its standard deviation is
       kept above a fifth of a step, so that it can still leave the integer it sits on (Hansen 2011, INRIA
       RR-7751).
+    - A choice of two is a number above or below 1/2, as in EvoLLM's indicators: the distribution starts so far
+      from 1/2 that each choice is as likely as its weight says.
     - In one dimension, which pycma does not support, a second coordinate without effect goes along.
     - Linear algebra runs on one thread: more would change the last bits.
     """
@@ -37,13 +40,14 @@ class CMA:
         """Start at the coordinates' initial values.
 
         Raises:
-            UserError: a choice among the coordinates.
+            UserError: a choice of more than two among the coordinates.
         """
         for coordinate in coordinates:
-            if coordinate.kind == "choice":
+            if coordinate.kind == "choice" and len(coordinate.choices) != 2:
                 raise UserError(
                     f"optimizer.type: cma cannot search the choice {coordinate.name}; use tpe or random"
                 )
+        self._binary = np.array([c.kind == "choice" for c in coordinates])
         self.population = population_size(config, len(coordinates))
         self._seed = seed
         self._initial = initial_of(coordinates)
@@ -54,10 +58,11 @@ class CMA:
         self._told_any = False
         # 1 / (high - low) is the step of an integer in [0, 1] of its range.
         deviations = [0.2 / (c.high - c.low) if c.kind == "integer" else 0.0 for c in coordinates]
-        self._es = self._start(config.sigma, [*deviations, *([0.0] * self._padding)])
+        mean = [_start_of(c, config.sigma) for c in coordinates]
+        self._es = self._start(mean, config.sigma, [*deviations, *([0.0] * self._padding)])
         self.parents = int(self._es.sp.weights.mu)
 
-    def _start(self, sigma: float, smallest_deviations: list[float]) -> Any:
+    def _start(self, mean: list[float], sigma: float, smallest_deviations: list[float]) -> Any:
         never = {"tolfun": 0, "tolfunhist": 0, "tolfunrel": 0, "tolx": 0, "tolflatfitness": math.inf}
         never |= {"tolstagnation": math.inf, "tolxstagnation": False, "tolupsigma": math.inf}
         never |= {"tolconditioncov": math.inf, "maxiter": math.inf, "maxfevals": math.inf}
@@ -76,7 +81,7 @@ class CMA:
         with _quiet():
             import cma
 
-            return cma.CMAEvolutionStrategy([*self._initial, *([0.5] * self._padding)], sigma, options)
+            return cma.CMAEvolutionStrategy([*mean, *([0.5] * self._padding)], sigma, options)
 
     def _randn(self, *shape: int) -> Any:
         assert self._normals is not None, "numbers are drawn while asking only"
@@ -117,8 +122,15 @@ class CMA:
         return self._genotype(self._es.result.xfavorite) if self._told_any else None
 
     def _genotype(self, point: NDArray[np.float64]) -> Genotype:
-        used = point[: len(point) - self._padding]
-        return tuple(float(x) for x in np.clip(used, 0.0, 1.0))
+        used = np.clip(point[: len(point) - self._padding], 0.0, 1.0)
+        return tuple(float(x) for x in np.where(self._binary, used > 0.5, used))
+
+
+def _start_of(coordinate: Coordinate, sigma: float) -> float:
+    if coordinate.kind != "choice":
+        return coordinate.initial
+    chance = coordinate.weights[1] if coordinate.weights else 0.5
+    return min(max(0.5 + sigma * NormalDist().inv_cdf(min(max(chance, 1e-9), 1 - 1e-9)), 0.0), 1.0)
 
 
 @contextmanager

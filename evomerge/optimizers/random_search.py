@@ -1,8 +1,10 @@
-"""Random search: every candidate is drawn uniformly; the yardstick for the others."""
+"""Random search: every candidate is drawn anew; the yardstick for the others."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+import numpy as np
 
 from evomerge.config import OptimizerConfig
 from evomerge.optimizers.base import Told, initial_of, population_size
@@ -11,7 +13,7 @@ from evomerge.spaces.genotype import Coordinate, Genotype
 
 
 class RandomSearch:
-    """Uniform draws from the space, after its initial genotype."""
+    """Independent draws from the space, after its initial genotype: uniform ones, choices by their weights."""
 
     def __init__(self, config: OptimizerConfig, coordinates: Sequence[Coordinate], *, seed: int) -> None:
         self.population = population_size(config, len(coordinates))
@@ -23,10 +25,7 @@ class RandomSearch:
         """Return `population` genotypes; they depend on seed and generation alone."""
         rng = generator(self._seed, "random search", generation)
         drawn = [
-            tuple(
-                float(rng.integers(len(c.choices))) if c.kind == "choice" else float(rng.random())
-                for c in self._coordinates
-            )
+            tuple(_choice(c, rng) if c.kind == "choice" else float(rng.random()) for c in self._coordinates)
             for _ in range(self.population)
         ]
         return [initial_of(self._coordinates), *drawn[1:]] if generation == 0 else drawn
@@ -37,3 +36,9 @@ class RandomSearch:
     def mean(self) -> Genotype | None:
         """Return None: nothing converges."""
         return None
+
+
+def _choice(coordinate: Coordinate, rng: np.random.Generator) -> float:
+    if not coordinate.weights:
+        return float(rng.integers(len(coordinate.choices)))
+    return float(np.searchsorted(np.cumsum(coordinate.weights[:-1]), rng.random(), side="right"))

@@ -60,7 +60,10 @@ class Driver:
         self._executor = executor
         self._yes = yes
         self._optimizer = make_optimizer(
-            setup.config.optimizer, setup.space.coordinates, seed=setup.config.seed
+            setup.config.optimizer,
+            setup.space.coordinates,
+            seed=setup.config.seed,
+            variation=setup.space.variation,
         )
         population, parents = self._optimizer.population, self._optimizer.parents
         self._generations = affordable(

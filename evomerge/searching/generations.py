@@ -15,7 +15,7 @@ from evomerge.searching.agreement import check_replay, not_reproduced
 from evomerge.searching.budget import Allowance
 from evomerge.searching.draws import draw_blocks
 from evomerge.searching.plan import selection_items
-from evomerge.searching.ranking import ScoreTable, fitness_of, rank, shrunk
+from evomerge.searching.ranking import ScoreTable, fitness_of, less, rank, shrunk
 from evomerge.searching.reporter import Reporter
 from evomerge.searching.rundir import RECIPE, write_atomically
 from evomerge.searching.scheduler import Scheduler
@@ -162,7 +162,8 @@ class Generations:
             None if isinstance(look, str) else fitness_of(look, {task: weights[task] for task in look})
             for look in looks
         ]
-        chosen = come_through(scores, [recipe.hash for recipe in recipes], through)
+        costs = [self._setup.space.penalty(recipe) for recipe in recipes]
+        chosen = come_through(less(scores, costs), [recipe.hash for recipe in recipes], through)
         full = iter(tables(list(compress(recipes, chosen)), blocks))
         return [
             next(full) if through_screen else look if score is None else Screened(score)
@@ -174,7 +175,8 @@ class Generations:
         fitness = [
             fitness_of(outcome, weights) if isinstance(outcome, dict) else None for outcome in outcomes
         ]
-        ranks = rank(fitness, [_screened(outcome) for outcome in outcomes])
+        costs = [self._setup.space.penalty(self._store.recipe(row.recipe)) for row in rows]
+        ranks = rank(less(fitness, costs), less([_screened(outcome) for outcome in outcomes], costs))
         return [
             CandidateRow(
                 id=row.id,

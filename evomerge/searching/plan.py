@@ -109,7 +109,12 @@ def plan_search(setup: Setup, budget: Budget, *, measured: tuple[float, float] |
     Raises:
         UserError: the budget does not pay for a generation, or the models cannot fit into the memory.
     """
-    optimizer = make_optimizer(setup.config.optimizer, setup.space.coordinates, seed=setup.config.seed)
+    optimizer = make_optimizer(
+        setup.config.optimizer,
+        setup.space.coordinates,
+        seed=setup.config.seed,
+        variation=setup.space.variation,
+    )
     population = optimizer.population
     price = setup.items_per_generation(population=population, parents=optimizer.parents)
     through = setup.screened(population=population, parents=optimizer.parents)
@@ -160,7 +165,8 @@ def selection_items(setup: Setup) -> dict[Split, int]:
 def _warnings(setup: Setup, candidates: int | None) -> list[str]:
     dimension = setup.space.dimension
     wanted = CANDIDATES_PER_DIMENSION * dimension
-    if candidates is None or candidates >= wanted:
+    # Most numbers of a path's genome mean nothing in most genotypes.
+    if candidates is None or candidates >= wanted or setup.config.layers is not None:
         return []
     return [
         f"{candidates} candidates for {dimension} searched numbers: give at least {wanted}, or search fewer "

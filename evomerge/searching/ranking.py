@@ -25,6 +25,11 @@ def fitness_of(table: Mapping[str, Mapping[str, ItemScore]], weights: Mapping[st
     return suite_mean(values_of(table), weights)
 
 
+def less(scores: Sequence[float | None], costs: Sequence[float]) -> list[float | None]:
+    """Return what candidates are ranked by: their scores, less what their recipes cost."""
+    return [None if score is None else score - cost for score, cost in zip(scores, costs, strict=True)]
+
+
 def rank(fitness: Sequence[float | None], screened: Sequence[float | None] | None = None) -> list[float]:
     """Return ranks, 0 for the largest fitness; equals share the mean rank, failures come last.
 

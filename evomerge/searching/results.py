@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from evomerge.searching.setup import Setup
 
 SCHEMA = 1
-PACKAGES = ("torch", "transformers", "lm-eval", "cma", "optuna", "ray", "numpy")
+PACKAGES = ("torch", "transformers", "lm-eval", "cma", "cmaes", "optuna", "ray", "numpy")
 
 
 def write_results(folder: Path, store: Store, setup: Setup, scheduler: Scheduler) -> dict[str, Any]:

@@ -247,7 +247,7 @@ def _set_up(
 
     setup = set_up(config, file=file, tell=lambda phase: display.show(Status(state="starting", phase=phase)))
     display.say(str(plan_search(setup, budget or config.budget, measured=measured)))
-    if get_method(config.space.method).needs:
+    if config.coefficients is not None and get_method(config.coefficients.method).needs:
         provide_statistics(setup, display.say)
     return setup
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from evomerge.config import Config, Engine, ModelRef
 from evomerge.data_config import TaskItems, TextFile
 from evomerge.environment import prepare
+from evomerge.errors import UserError, at
 from evomerge.evaluation.items import Block, Item, Split
 from evomerge.evaluation.requests import Rolling
 from evomerge.recipe import Recipe, Source
@@ -20,7 +21,7 @@ from evomerge.workers.worker import WorkerSpec
 if TYPE_CHECKING:
     from evomerge.checkpoints import Checkpoint
     from evomerge.evaluation.suite import Suite
-    from evomerge.spaces import CoefficientSpace
+    from evomerge.spaces import PathSpace, SearchSpace
 
 BASE = "base"
 
@@ -45,7 +46,7 @@ class Setup:
     config: Config
     checkpoints: Mapping[str, Checkpoint]
     sources: Mapping[str, Source]
-    space: CoefficientSpace
+    space: SearchSpace
     suite: Suite
     blocks: Mapping[Split, tuple[Block, ...]]
     blocks_per_generation: int
@@ -258,11 +259,11 @@ def pin_revisions(config: Config, checkpoints: Mapping[str, Checkpoint]) -> Conf
 
 def without_tasks(config: Config) -> Config:
     """Return the config with a file of no name in place of tasks whose items are data, for a first draft."""
-    data = config.space.data
-    if data is None or not data.tasks:
+    space = config.coefficients
+    if space is None or space.data is None or not space.data.tasks:
         return config
-    data = data.changed(lambda item: TextFile(file="-") if isinstance(item, TaskItems) else item)
-    return config.model_copy(update={"space": config.space.model_copy(update={"data": data})})
+    data = space.data.changed(lambda item: TextFile(file="-") if isinstance(item, TaskItems) else item)
+    return config.with_coefficients(space.model_copy(update={"data": data}))
 
 
 def with_texts(config: Config, suite: Suite) -> Config:
@@ -271,14 +272,15 @@ def with_texts(config: Config, suite: Suite) -> Config:
     Raises:
         UserError: a task has no texts as references, or a file cannot be read.
     """
-    data = config.space.data
-    if data is None:
+    space = config.coefficients
+    if space is None or space.data is None:
         return config
+    data = space.data
     from evomerge.statistics.texts import keep_references
 
     files = {name: keep_references(name, suite.references(name)) for name in data.tasks}
     data = data.changed(lambda item: files[item.task] if isinstance(item, TaskItems) else item).pinned()
-    return config.model_copy(update={"space": config.space.model_copy(update={"data": data})})
+    return config.with_coefficients(space.model_copy(update={"data": data}))
 
 
 def provide_statistics(setup: Setup, say: Callable[[str], None]) -> None:
@@ -297,6 +299,28 @@ def provide_statistics(setup: Setup, say: Callable[[str], None]) -> None:
         device=str(setup.config.engine.device),
         report=in_lines(say),
     )
+
+
+def check_paths(
+    config: Config, space: PathSpace, checkpoints: Mapping[str, Checkpoint], *, file: Path | str
+) -> None:
+    """Refuse models whose layers cannot share a path, and scales where they do not fold exactly.
+
+    Args:
+        config: of the search.
+        space: of its paths.
+        checkpoints: base and experts by name.
+        file: named in errors.
+    """
+    from evomerge.merging import plan_merge
+
+    assert config.layers is not None, "the config searches layer paths"
+    scales = config.layers.scale != 1.0
+    for key, scale in (("pool", 1.0), ("scale", 0.5))[: 1 + scales]:
+        try:
+            plan_merge(space.probe(scale=scale), checkpoints)
+        except UserError as error:
+            raise UserError(f"{at(file, f'space.{key}')}{error.problem}") from None
 
 
 def set_up(
@@ -322,7 +346,7 @@ def set_up(
     from evomerge.evaluation.suite import Suite
     from evomerge.merging import output_tokenizer, pin_output
     from evomerge.merging.vocabulary import output_vocabulary
-    from evomerge.spaces import baseline_recipes, space_for
+    from evomerge.spaces import PathSpace, baseline_recipes, space_for
 
     tell("reading models")
     config = adapters_on_base(config)
@@ -343,6 +367,8 @@ def set_up(
     if weights:
         warnings += _same_content(sources)
     space = space_for(without_tasks(config), num_layers=base.num_layers, sources=sources, file=file)
+    if isinstance(space, PathSpace):
+        check_paths(config, space, checkpoints, file=file)
     initial = space.decode(space.initial)
     warnings += tuple(output_vocabulary(initial, checkpoints).warnings)
     tokenizer = output_tokenizer(initial, checkpoints)
@@ -354,7 +380,7 @@ def set_up(
         file=str(file),
         tell=lambda task: tell(f"rendering prompts: {task}"),
     )
-    if config.space.data is not None:
+    if config.coefficients is not None and config.coefficients.data is not None:
         config = with_texts(config, suite)
         space = space_for(config, num_layers=base.num_layers, sources=sources, file=file)
         initial = space.decode(space.initial)

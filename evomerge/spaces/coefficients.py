@@ -9,6 +9,7 @@ from pathlib import Path
 from evomerge.checkpoints.names import ROLES, Position, Role
 from evomerge.config import Config
 from evomerge.errors import UserError, at
+from evomerge.layers_config import MERGED
 from evomerge.methods.registry import Parameter, get_method
 from evomerge.recipe import Merge, Recipe, Rule, Source
 from evomerge.settings import Scalar, Value
@@ -16,10 +17,8 @@ from evomerge.space_config import Depth, ParameterSpec, Smooth
 from evomerge.spaces.chains import SHARED, Tier, recipient_of, slots, tiers_by_role
 from evomerge.spaces.depth import check_depth, control_names, over_depth, positions
 from evomerge.spaces.describe import describe_recipe, show, table
-from evomerge.spaces.genotype import Coordinate, Genotype
+from evomerge.spaces.genotype import Coordinate, Genotype, Variation
 from evomerge.spaces.units import make_coordinate, to_value
-
-MERGE = "merged"
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,10 @@ class CoefficientSpace:
         coordinates: the searched numbers, by parameter in the method's order, then by entry,
             expert, role and depth.
         initial: the genotype where the search starts.
+        variation: none; coefficients vary number by number.
     """
+
+    variation: Variation | None = None
 
     def __init__(
         self,
@@ -84,17 +86,19 @@ class CoefficientSpace:
         Raises:
             UserError: a parameter's entries do not fit the method, the experts or the number of layers.
         """
+        assert config.coefficients is not None, "the config searches coefficients"
         self._config = config
-        self._method = get_method(config.space.method)
-        self._uses_base = config.space.base and self._method.base_in(config.space.dialect) != "unused"
+        self._space = space = config.coefficients
+        self._method = get_method(space.method)
+        self._uses_base = space.base and self._method.base_in(space.dialect) != "unused"
         self._layers = num_layers
         self._experts = tuple(config.models.experts)
         self._models = {name: sources[name] for name in ("base", *self._experts)}
-        self._output = config.output.form
+        self._output = config.form
         coordinates: list[Coordinate] = []
         self._fields: list[_Field] = []
-        for parameter in self._method.parameters_in(config.space.dialect):
-            specs = config.space.parameters.get(parameter.name)
+        for parameter in self._method.parameters_in(space.dialect):
+            specs = space.parameters.get(parameter.name)
             if specs is not None:
                 try:
                     self._fields.append(self._lay_out(parameter, specs, coordinates))
@@ -136,12 +140,18 @@ class CoefficientSpace:
             method=self._method.name,
             base="base" if self._uses_base else None,
             inputs=self._experts,
-            dialect=self._config.space.dialect,
-            data=self._config.space.data,
+            dialect=self._space.dialect,
+            data=self._space.data,
             parameters=parameters,
             rules=(*patterned, *rules),
         )
-        return Recipe(models=self._models, merges={MERGE: merge}, output=self._output, seed=self._config.seed)
+        return Recipe(
+            models=self._models, merges={MERGED: merge}, output=self._output, seed=self._config.seed
+        )
+
+    def penalty(self, recipe: Recipe) -> float:
+        """Return 0: all recipes of the space cost the same."""
+        return 0.0
 
     def describe(self, what: Genotype | Recipe) -> str:
         """Return a table to read: a genotype's control values, or all values of a recipe."""
@@ -163,7 +173,7 @@ class CoefficientSpace:
     def _lay_out(
         self, parameter: Parameter, specs: tuple[ParameterSpec, ...], coordinates: list[Coordinate]
     ) -> _Field:
-        tiers = tiers_by_role(parameter, specs, self._experts, self._method.name, self._config.space.dialect)
+        tiers = tiers_by_role(parameter, specs, self._experts, self._method.name, self._space.dialect)
         keys = {
             (index, recipient_of(specs[index], who), slots(specs[index])[role]): None
             for role, role_tiers in tiers.items()
@@ -224,7 +234,7 @@ class CoefficientSpace:
             column = []
             for who, index in tier.entries.items():
                 if index is None:
-                    default = field.parameter.default_in(self._config.space.dialect)
+                    default = field.parameter.default_in(self._space.dialect)
                     assert default is not None, "a required parameter is covered"
                     column.append((default,) * len(places))
                 else:

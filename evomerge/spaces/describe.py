@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from evomerge.checkpoints.names import Position
-from evomerge.recipe import Merge, Recipe
+from evomerge.recipe import Hop, Merge, Recipe
 from evomerge.settings import Filtered, Setting, Value
 
 
@@ -22,12 +22,32 @@ def describe_recipe(recipe: Recipe) -> str:
             rows += [[*where, *_cells(key, value, merge)] for key, value in rule.parameters.items()]
         parts.append(table(["layers", "roles", "tensors", "parameter", *merge.inputs], rows))
     if recipe.path is not None:
-        hops = [
-            [str(i), str(hop.model or hop.merge), str(hop.layer), show(hop.scale)]
-            for i, hop in enumerate(recipe.path)
-        ]
-        parts.append(table(["hop", "source", "layer", "scale"], hops))
+        parts.append(f"path of {len(recipe.path)} layers: {describe_path(recipe.path)}")
     return "\n".join(parts)
+
+
+def describe_path(path: Sequence[Hop]) -> str:
+    """Write a path as runs of layers with the scale of what enters them: ``a 0–5, b 3–7 ×1.15, a 6–11``."""
+    runs: list[list[Hop]] = []
+    for hop in path:
+        last = runs[-1][-1] if runs else None
+        follows = last is not None and (last.model, last.merge, last.layer + 1) == (
+            hop.model,
+            hop.merge,
+            hop.layer,
+        )
+        if follows and hop.scale == 1 and not hop.layers:
+            runs[-1].append(hop)
+        else:
+            runs.append([hop])
+    words = []
+    for run in runs:
+        first, last = run[0], run[-1]
+        span = str(first.layer) if first is last else f"{first.layer}–{last.layer}"
+        others = "".join(f" ({name} {layer})" for name, layer in first.layers.items())
+        scale = "" if first.scale == 1 else f" ×{show(first.scale)}"
+        words.append(f"{first.model or first.merge} {span}{others}{scale}")
+    return ", ".join(words)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
+
+import numpy as np
 
 Genotype = tuple[float, ...]
 """One number per coordinate: in [0, 1] of the coordinate's range, or the index of a choice."""
@@ -19,6 +21,7 @@ class Coordinate:
         low, high: the range in the parameter's own units (0 and 1 for a choice).
         log: whether [0, 1] covers the range on a logarithmic scale.
         choices: the values of a choice.
+        weights: how likely each choice is where a search starts; empty: all alike.
         initial: where the search starts, as a genotype's number.
     """
 
@@ -29,3 +32,16 @@ class Coordinate:
     initial: float
     log: bool = False
     choices: tuple[float | bool | str, ...] = ()
+    weights: tuple[float, ...] = ()
+
+
+class Variation(Protocol):
+    """How a space changes genotypes where their numbers mean something together only."""
+
+    def mutate(self, genotype: Genotype, rng: np.random.Generator) -> Genotype:
+        """Return a genotype that differs a little."""
+        ...
+
+    def cross(self, one: Genotype, other: Genotype, rng: np.random.Generator) -> Genotype:
+        """Return a genotype that has something of both."""
+        ...

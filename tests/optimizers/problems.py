@@ -11,13 +11,30 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from evomerge.config import OptimizerConfig
+from evomerge.layers_config import LayerSpace
 from evomerge.optimizers import Optimizer, Told, make_optimizer
+from evomerge.spaces.edits import Edits
 from evomerge.spaces.genotype import Coordinate, Genotype
+from evomerge.spaces.indicators import Indicators
 
 Fitness = Callable[[Genotype], float | None]
 
-CASES = [("cma", "40"), ("cma", "1"), ("tpe", "mixed"), ("random", "mixed")]
-"""Optimisers with their spaces: a number of floats, or `mixed`."""
+CASES = [
+    ("cma", "40"),
+    ("cma", "1"),
+    ("cma", "indicators"),
+    ("catcma", "40"),
+    ("catcma", "mixed"),
+    ("catcma", "indicators"),
+    ("edits", "indicators"),
+    ("edits", "edits"),
+    ("tpe", "mixed"),
+    ("random", "mixed"),
+    ("random", "indicators"),
+]
+"""Optimisers with their spaces: a number of floats, `mixed`, or a genome of layer paths."""
+
+Genome = Indicators | Edits
 
 
 def floats(dimension: int, initial: float = 0.5) -> list[Coordinate]:
@@ -33,12 +50,22 @@ def mixed() -> list[Coordinate]:
     ]
 
 
-def space_of(name: str) -> list[Coordinate]:
+def genome(name: str, layers: int = 6, **options: object) -> Genome:
+    space = LayerSpace(pool=("a", "b"), genome=name, **{"scale": {"range": [0.5, 2.0]}, **options})
+    return Edits(space, layers) if name == "edits" else Indicators(space, layers)
+
+
+def space_of(name: str) -> list[Coordinate] | Genome:
+    if name in ("indicators", "edits"):
+        return genome(name)
     return mixed() if name == "mixed" else floats(int(name))
 
 
-def make(kind: str, coordinates: Sequence[Coordinate], seed: int = 0, **options: object) -> Optimizer:
-    return make_optimizer(OptimizerConfig(type=kind, **options), coordinates, seed=seed)
+def make(kind: str, space: Sequence[Coordinate] | Genome, seed: int = 0, **options: object) -> Optimizer:
+    variation = space if isinstance(space, Genome) else None
+    coordinates = space.coordinates if isinstance(space, Genome) else space
+    config = OptimizerConfig(type=kind, **options)
+    return make_optimizer(config, coordinates, seed=seed, variation=variation)
 
 
 def sphere(genotype: Genotype) -> float:

@@ -68,7 +68,7 @@ def test_another_seed_asks_something_else(kind, space):
     assert asks_of(kind, space, seed=6)[1] != asks_of(kind, space)[1]
 
 
-@pytest.mark.parametrize("kind", ["cma", "tpe", "random"])
+@pytest.mark.parametrize("kind", ["cma", "catcma", "tpe", "random"])
 def test_nothing_is_written_or_printed(kind, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     run(make(kind, floats(3)), noisy, 40)

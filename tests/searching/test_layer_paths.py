@@ -1,0 +1,148 @@
+"""Searches over layer paths: run, killed and resumed, exported."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import evomerge
+from evomerge.config import load_config
+from evomerge.errors import UserError
+from evomerge.merging import merge, paths
+from evomerge.searching.setup import set_up
+from evomerge.searching.store import Store
+from tests.merging.helpers import error
+from tests.merging.test_paths import IDS, hop_by_hop, load
+from tests.models import make_family, make_model
+from tests.searching.records import canonical
+from tests.searching.test_kill import in_child
+from tests.tasks import make_config
+
+SPACE = {"type": "layers", "pool": ["a", "b"], "scale": {"range": [0.5, 2.0]}}
+
+
+@pytest.mark.parametrize("genome", ["edits", "indicators"])
+def test_an_exported_genotype_computes_its_path(
+    genome: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, tasks: Path
+) -> None:
+    family = make_family(tmp_path_factory.mktemp("exact"), rms_norm_eps=1e-12)
+    config = make_config(tmp_path, family, tasks, space={**SPACE, "genome": genome}, optimizer={})
+    space = set_up(load_config(config), file=config).space
+    models = {name: load(path) for name, path in family.items()}
+    numbers = np.random.default_rng(1)
+    assert space.variation is not None
+    scaled = 0
+    for attempt in range(4):
+        genotype = space.initial
+        for _ in range(3):
+            genotype = space.variation.mutate(genotype, numbers)
+        recipe = space.decode(genotype)
+        out = merge(recipe, tmp_path / str(attempt))
+        hops = [(str(hop.model), hop.layer, hop.scale) for hop in recipe.path or ()]
+        hops = hops or [("a", layer, 1.0) for layer in range(4)]
+        scaled += any(scale != 1 for *_, scale in hops)
+        exported = load(out)
+        assert exported.config.num_hidden_layers == len(hops)
+        with torch.no_grad():
+            assert error(exported(IDS).logits, hop_by_hop(models, hops)) < 1e-4
+    assert scaled
+
+
+def search_killed_after(results: int, config: Path, folder: Path) -> None:
+    """Go on with a search until it has recorded so many results, then die without a word."""
+    record, seen = Store.add_result, 0
+
+    def counted(*arguments: Any) -> None:
+        nonlocal seen
+        record(*arguments)
+        seen += 1
+        if seen == results:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Store.add_result = counted  # type: ignore[method-assign]
+    evomerge.search(config, run=folder, continue_=True)
+
+
+@pytest.mark.parametrize(
+    ("space", "optimizer"),
+    [({}, {"population": 6}), ({"genome": "indicators", "length_penalty": 0.02}, {"population": 6})],
+)
+def test_a_killed_search_over_paths_resumes_to_the_same_tables(
+    space: dict[str, object],
+    optimizer: dict[str, object],
+    family: dict[str, Path],
+    tasks: Path,
+    tmp_path: Path,
+) -> None:
+    config = make_config(
+        tmp_path,
+        family,
+        tasks,
+        space={**SPACE, **space},
+        optimizer=optimizer,
+        budget={"candidates": 18},
+        cache={"scores": False},
+    )
+    undisturbed = evomerge.search(config, run=tmp_path / "undisturbed")
+    results = undisturbed.results
+    assert results["candidates"] == 18
+    assert results["failed_candidates"] == 0
+    assert results["baselines"]["uniform"] is None
+    assert results["baselines"]["uniform_reason"]
+    assert results["baselines"]["initial"] == results["baselines"]["experts"]["a"]
+    found = [undisturbed.candidate(i).path for i in range(18)]
+    assert found[0] is None
+    assert len({path and len(path) for path in found}) > 2
+
+    folder = tmp_path / "killed"
+    for results_until_killed in (2, 25, 9):
+        status = in_child(lambda count=results_until_killed: search_killed_after(count, config, folder))
+        assert os.WTERMSIG(status) == signal.SIGKILL
+    assert os.WEXITSTATUS(in_child(lambda: evomerge.search(config, run=folder, continue_=True))) == 0
+    assert canonical(folder) == canonical(undisturbed.path)
+
+
+def test_ranks_count_the_length_and_fitness_does_not(
+    family: dict[str, Path], tasks: Path, tmp_path: Path
+) -> None:
+    space = {**SPACE, "length_penalty": 0.5}
+    changes = {"optimizer": {"population": 8}, "budget": {"candidates": 8}}
+    config = make_config(tmp_path, family, tasks, space=space, **changes)
+    run = evomerge.search(config, run=tmp_path / "run")
+    rows = run.candidate_rows()
+    lengths = [len(run.candidate(row.id).path or range(4)) for row in rows]
+    assert len(set(lengths)) > 1
+    worth = [row.fitness - 0.5 * length for row, length in zip(rows, lengths, strict=True)]
+    order = sorted(range(8), key=lambda i: rows[i].rank)
+    assert [worth[i] for i in order] == sorted(worth, reverse=True)
+    assert all(0 <= row.fitness <= 1 for row in rows)
+
+
+def test_scales_are_refused_where_they_do_not_fold(
+    family: dict[str, Path], tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(paths._FORMS, "llama")
+    config = make_config(tmp_path, family, tasks, space=SPACE, optimizer={})
+    with pytest.raises(UserError, match=r"tiny.yaml: space.scale: a scale other than 1 folds only into"):
+        set_up(load_config(config), file=config)
+    config = make_config(tmp_path, family, tasks, space={**SPACE, "scale": 1}, optimizer={})
+    assert set_up(load_config(config), file=config).space.dimension == 30
+
+
+def test_models_that_cannot_share_a_config_are_refused(
+    family: dict[str, Path], tasks: Path, tmp_path: Path
+) -> None:
+    other = make_model(tmp_path / "other", seed=5, base=family["base"])
+    settings = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**settings, "rms_norm_eps": 1e-3}))
+    changed = {**family, "b": other}
+    config = make_config(tmp_path, changed, tasks, space=SPACE, optimizer={})
+    with pytest.raises(UserError, match=r"tiny.yaml: space.pool: .*rms_norm_eps"):
+        set_up(load_config(config), file=config)
