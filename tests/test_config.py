@@ -320,7 +320,10 @@ MISTAKES = [
         "suite.items_per_candidate=0",
         "suite.items_per_candidate: 0 is not accepted: give auto or a number greater than",
     ),
-    ("suite.chat_template=maybe", "suite.chat_template: 'maybe' is not accepted: give true or false"),
+    (
+        "suite.fewshot_as_multiturn=maybe",
+        "suite.fewshot_as_multiturn: 'maybe' is not accepted: give true or false",
+    ),
     (
         "splits={search: a, validation: a, test: b}",
         "splits: ['a', 'a', 'b'] is not accepted: search, validation and t",

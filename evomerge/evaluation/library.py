@@ -238,7 +238,7 @@ def _is_task(keys: Mapping[str, Any]) -> bool:
 def specs_of(spec: TaskSpec, expansion: Expansion) -> list[TaskSpec]:
     """Return an entry for each task that an entry of the suite stands for; each has the whole weight.
 
-    A group without metric gets the one that lm-eval adds up for it.
+    Where no metric is named, the tasks of a group get the one that lm-eval adds up for it, if they have it.
     """
     metric = spec.metric
     first = expansion.aggregate(metric)
@@ -251,8 +251,16 @@ def specs_of(spec: TaskSpec, expansion: Expansion) -> list[TaskSpec]:
         name = spec.name if suffix is None else definition.name + suffix
         if suffix is None and expansion.group is not None:
             name = f"{spec.name}:{definition.name}"
-        specs.append(spec.model_copy(update={"task": definition.name, "name": name, "metric": metric}))
+        wanted = metric if spec.metric != "auto" or _has_metric(definition, metric) else "auto"
+        specs.append(spec.model_copy(update={"task": definition.name, "name": name, "metric": wanted}))
     return specs
+
+
+def _has_metric(definition: Definition, metric: str) -> bool:
+    """Whether a task lists a metric, or lists none and may have it."""
+    listed = definition.config.get("metric_list")
+    names = [entry.get("metric") for entry in listed or [] if isinstance(entry, dict)]
+    return not listed or metric.partition(",")[0] in names
 
 
 def is_yaml_path(name: str) -> bool:

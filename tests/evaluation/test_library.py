@@ -104,6 +104,16 @@ def test_a_group_that_weighs_by_size_does_so_here(folder: Path) -> None:
     assert {task.metric for task in alike.tasks} == {"acc_norm"}
 
 
+def test_a_task_without_the_metric_that_its_group_adds_up(folder: Path) -> None:
+    write_task(folder, "text", "generate")
+    write_group(folder, "mixture", ["one", "text"], aggregate_metric_list={"metric": "acc_norm"})
+    metrics = {task.name: task.metric for task in build(folder, "mixture").tasks}
+    assert metrics == {"one": "acc_norm", "text": "exact_match"}
+    assert "task 'text' has no metric 'acc_norm'" in refusal(
+        folder, {"task": "mixture", "metric": "acc_norm"}
+    )
+
+
 def test_a_task_of_a_group_is_the_task_by_itself(folder: Path) -> None:
     inside, alone = build(folder, "flat"), build(folder, "one", "three")
     assert {i.id for i in inside.items("search")} == {i.id for i in alone.items("search")}
