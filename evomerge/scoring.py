@@ -126,17 +126,20 @@ def evaluate(
     from evomerge.merging.identity import Identities
     from evomerge.searching.ranking import values_of
     from evomerge.searching.results import score_dict
-    from evomerge.searching.setup import decide_chat_template, decide_engine
+    from evomerge.searching.setup import decide_chat_template, decide_engine, probe_engine, probes
 
     with reading.in_file():
         recipe = pin(recipe, checkpoints)
         plan = plan_merge(recipe, checkpoints)
     label = label_of(model, recipe)
+    probed = probes(config)
     config = decide_engine(config, checkpoints[plan.donor])
     tokenizer = output_tokenizer(recipe, checkpoints)
     file = None if isinstance(suite, Config) else str(suite)
     config = decide_chat_template(config, checkpoints, tokenizer, file, {"model": label})
     built = Suite.build(config.suite, config.splits, tokenizer, splits_needed=(split,), file=file)
+    if probed and config.engine.device == "cuda":
+        config = probe_engine(config, checkpoints[plan.donor], built, tokenizer, plan.dtype)
     reported = {
         task.name
         for task in built.tasks

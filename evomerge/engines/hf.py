@@ -229,7 +229,7 @@ class HFEngine:
             (len(prompt) + request.max_tokens for prompt, request in zip(prompts, requests, strict=True)),
             default=1,
         )
-        rows = rows_at_once(self._live, longest)
+        rows = min(rows_at_once(self._live, longest), max(1, len(prompts)))
         batches = pack_prompts(prompts, batch_tokens=self.batch_tokens, most=rows, device=self.device)
         return prompts, batches, rows
 

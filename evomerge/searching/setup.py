@@ -19,6 +19,8 @@ from evomerge.searching.screening import places
 from evomerge.workers.worker import WorkerSpec
 
 if TYPE_CHECKING:
+    import torch
+
     from evomerge.checkpoints import Checkpoint
     from evomerge.evaluation.suite import Suite
     from evomerge.spaces import PathSpace, SearchSpace
@@ -167,10 +169,23 @@ def decided(engine: Engine, base: Checkpoint) -> Engine:
     return settings
 
 
-def probe_engine(config: Config, base: Checkpoint, suite: Suite, tokenizer: Any) -> Config:
+def probes(config: Config) -> bool:
+    """Whether a config as written leaves the token budget to a probe, should the device be a GPU."""
+    return config.engine.batch_tokens == "auto" and config.engine.type == "hf"
+
+
+def probe_engine(
+    config: Config, base: Checkpoint, suite: Suite, tokenizer: Any, dtype: torch.dtype | None = None
+) -> Config:
     """Return the config with the largest token budget with which the suite's longest texts fit on the GPU.
 
     Asked for once, where the config says ``auto``; the value is recorded, and a resumed run reads it.
+
+    Args:
+        config: with the engine decided otherwise.
+        base: whose config the live model has.
+        suite, tokenizer: what is asked.
+        dtype: of the live model; by default the output's, else the base's.
     """
     from evomerge.engines.probing import probe_batch_tokens
 
@@ -185,7 +200,7 @@ def probe_engine(config: Config, base: Checkpoint, suite: Suite, tokenizer: Any)
     engine, gpus = config.engine, config.workers.gpus
     tokens = probe_batch_tokens(
         str(base.path),
-        dtype=config.output.dtype or str(base.dtype).removeprefix("torch."),
+        dtype=str(dtype or config.output.dtype or base.dtype).removeprefix("torch."),
         device=engine.device,
         longest=max((len(tokenizer.encode(text)) for text in longest), default=1),
         max_length=int(engine.max_length or 2048),
@@ -350,7 +365,7 @@ def set_up(
 
     tell("reading models")
     config = adapters_on_base(config)
-    probed = config.engine.batch_tokens == "auto" and config.engine.type == "hf" and weights
+    probed = weights and probes(config)
     checkpoints, warnings = open_models(config)
     base = checkpoints[BASE]
     config = pin_revisions(decide_engine(config, base), checkpoints)

@@ -73,3 +73,16 @@ def test_the_engine_stays_while_the_path_changes(tmp_path):
     recipes = recipes_of(models)
     host = HFHost(SETTINGS, open_parents(recipes[0]), load_tokenizer(models["a"]))
     assert len({host.hold(recipe) for recipe in recipes}) == 1
+
+
+def test_a_path_with_layers_of_another_kind_gets_an_engine_that_knows_them(tmp_path):
+    layers = ["sliding_attention", "sliding_attention", "full_attention"]
+    models = {"a": make_model(tmp_path / "a", kind="gemma3_text", layers=3, layer_types=layers)}
+    recipes = []
+    for hops in ([0, 1], [0, 2, 1], [1, 0]):
+        recipe = make_recipe(models, path=[{"model": "a", "layer": layer} for layer in hops])
+        recipes.append(pin(recipe, open_parents(recipe)))
+    tokenizer, checkpoints = load_tokenizer(models["a"]), open_parents(recipes[0])
+    host = HFHost(SETTINGS, checkpoints, tokenizer)
+    found = [answers(host, recipe) for recipe in recipes]
+    assert found == [answers(HFHost(SETTINGS, checkpoints, tokenizer), recipe) for recipe in recipes]
