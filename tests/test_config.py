@@ -453,3 +453,10 @@ def test_a_literal_is_fixed_and_everything_else_is_searched() -> None:
     specs = [ParameterSpec.model_validate(data) for data in (1, {"range": [0, 1]}, {"choices": [1, 2]})]
     assert [spec.searched for spec in specs] == [False, True, True]
     assert isinstance(specs[0].value, float)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[1] / "configs").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_the_configs_that_come_along_are_valid(path: Path) -> None:
+    assert load_config(path).name == path.stem

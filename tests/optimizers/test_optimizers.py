@@ -299,3 +299,45 @@ def check_pattern(optimizer, outcomes):
         mean = optimizer.mean()
         assert mean is not None
         assert all(0 <= x <= 1 for x in mean)
+
+
+def screened(told: list[Told], count: int, scale: float) -> list[Told]:
+    """Return the same with fitness for the `count` best alone; the others have a screen's score."""
+    return [t if t.rank < count else Told(t.genotype, t.rank, None, scale * (t.fitness or 0.0)) for t in told]
+
+
+def test_cma_learns_the_same_from_a_screen_that_ranks_as_the_suite_does():
+    plain, behind_a_screen = (make("cma", floats(4), seed=9) for _ in range(2))
+    assert plain.parents == plain.population // 2
+    for generation in range(10):
+        asks = plain.ask(generation)
+        assert behind_a_screen.ask(generation) == asks
+        told = tell_of(asks, sphere)
+        plain.tell(generation, told)
+        behind_a_screen.tell(generation, screened(told, behind_a_screen.parents, 0.01))
+
+
+def test_tpe_learns_from_a_screen():
+    def best_behind_a_screen(seed: int) -> float:
+        optimizer = make("tpe", floats(6), seed=seed)
+        best = -np.inf
+        for generation in range(25):
+            told = tell_of(optimizer.ask(generation), sphere)
+            optimizer.tell(generation, screened(told, 2, 1.0))
+            best = max(best, *(t.fitness for t in told if t.fitness is not None))
+        return float(best)
+
+    assert all(best_behind_a_screen(seed) > best("random", sphere, 6, seed) for seed in range(3))
+
+
+def test_tpe_tells_optuna_the_screened_as_pruned_with_and_the_failed_as_pruned_without_a_value():
+    optimizer = make("tpe", floats(2), population=3)
+    asks = optimizer.ask(0)
+    told = [Told(asks[0], 2.0, None), Told(asks[1], 0.0, 0.1), Told(asks[2], 1.0, None, 0.9)]
+    optimizer.tell(0, told)
+    trials = optimizer._study.trials  # type: ignore[attr-defined]
+    assert [(trial.state.name, trial.intermediate_values) for trial in trials] == [
+        ("PRUNED", {}),
+        ("COMPLETE", {}),
+        ("PRUNED", {0: 0.9}),
+    ]

@@ -81,3 +81,15 @@ def test_a_mistake_of_the_function_stops_the_run_which_can_be_resumed(
     (tmp_path / "switch").write_text("on")
     assert main(["resume", str(run)]) == 0
     assert canonical(run) == canonical(undisturbed.path)
+
+
+def test_a_single_model_is_evaluated_on_all_kinds_of_tasks(
+    config: Path, family: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = evomerge.evaluate(family["a"], config, split="test")
+    assert list(result.score["tasks"]) == NAMES
+    assert main(["evaluate", str(family["a"]), "--config", str(config), "--split", "test"]) == 0
+    shown = capsys.readouterr().out
+    for name in NAMES:
+        assert name in shown
+    print(shown)
