@@ -98,6 +98,7 @@ def build_results(store: Store, setup: Setup, scheduler: Scheduler) -> dict[str,
         else best_seen - scores["test"]["mean"],
         "candidates": counts["candidates"],
         "failed_candidates": counts["failed"],
+        "screened_candidates": counts["screened"],
         "dimension": setup.space.dimension,
         "item_evaluations": counts["item_evaluations"],
         "cached_item_evaluations": counts["cached_item_evaluations"],
@@ -231,7 +232,7 @@ def summary(results: Mapping[str, Any]) -> str:
     seen = results["optimism_best_seen"]
     lines += [
         "",
-        f"{results['candidates']} candidates ({results['failed_candidates']} failed), "
+        f"{results['candidates']} candidates ({_share(results)}), "
         f"{results['item_evaluations']:,} item evaluations, {results['wall_seconds']:.0f} s. "
         + (
             f"The best search score seen lies {abs(seen):.3f} {'above' if seen >= 0 else 'below'} the winner's "
@@ -243,3 +244,10 @@ def summary(results: Mapping[str, Any]) -> str:
     if results["test_openings"] > 1:
         lines.append(f"The test items have been opened {results['test_openings']} times.")
     return "\n".join([*lines, "", verdict(results)])
+
+
+def _share(results: Mapping[str, Any]) -> str:
+    """Return how many candidates have no fitness, and why."""
+    failed = f"{results['failed_candidates']} failed"
+    screened = results["screened_candidates"]
+    return f"{failed}, {screened} screened out" if screened else failed

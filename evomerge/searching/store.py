@@ -359,20 +359,21 @@ class Store:
         return int(self._db.execute("SELECT COUNT(*) FROM test_openings").fetchone()[0])
 
     def counts(self) -> Mapping[str, int]:
-        """Return how many candidates were told and failed, and how many items were scored, in all and from the cache.
+        """Return how many candidates were told, failed and screened out, and how many items were scored and cached.
 
         An item that an earlier run had scored counts like any other, so that the number does not depend on what
         the cache held.
         """
         row = self._db.execute(
-            "SELECT COUNT(*) FILTER (WHERE status != 'asked'), COUNT(*) FILTER (WHERE status = 'failed') "
-            "FROM candidates"
+            "SELECT COUNT(*) FILTER (WHERE status != 'asked'), COUNT(*) FILTER (WHERE status = 'failed'), "
+            "COUNT(*) FILTER (WHERE status = 'screened') FROM candidates"
         ).fetchone()
         scored = self._db.execute("SELECT COUNT(*) FROM scores").fetchone()[0]
         cached = self._db.execute("SELECT COALESCE(SUM(cached), 0) FROM results").fetchone()[0]
         return {
             "candidates": row[0],
             "failed": row[1],
+            "screened": row[2],
             "item_evaluations": scored,
             "cached_item_evaluations": cached,
         }

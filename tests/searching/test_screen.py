@@ -105,6 +105,7 @@ def test_a_search_with_a_screen(optimizer: str, family: dict[str, Path], tasks: 
         assert scored.fitness.notna().all()
         assert generation[generation.status == "screened"].fitness.isna().all()
     assert run.results["item_evaluations"] == len(run.scores())
+    assert run.results["screened_candidates"] == 3 * (POPULATION - through)
     assert list(run.results["winner"]["test"]["tasks"]) == ["tiny_a", "tiny_b"]
 
 

@@ -232,6 +232,7 @@ def test_counts(store: Store) -> None:
     expected = {
         "candidates": POPULATION,
         "failed": 1,
+        "screened": 0,
         "item_evaluations": POPULATION * 9 + 3,
         "cached_item_evaluations": 2,
     }
