@@ -171,16 +171,25 @@ def test_building_and_scoring_draw_no_global_random_numbers(
 ) -> None:
     write_task(tmp_path, "one", data={s: documents(9, 100 * i) for i, s in enumerate(
         ("search", "validation", "test", "shots"))}, fewshot_split="shots", num_fewshot=2)  # fmt: skip
-    write_task(tmp_path, "two", "generate")
+    for kind in ("generate", "likelihood", "rolling"):
+        write_task(tmp_path, kind, kind)
+    (tmp_path / "texts.txt").write_text("\n\n".join(f"Text {i} of many." for i in range(30)))
 
     def state() -> tuple[Any, ...]:
         name, keys, *rest = np.random.get_state()
         return random.getstate(), name, tuple(keys), *rest, tuple(torch.get_rng_state().tolist())
 
     before = state()
-    suite = build(tmp_path, "one", "two")
-    suite.score(HFEngine(model, tokenizer, batch_tokens=512), whole(suite), check_degenerate=False)
-    assert state() == before
+    gold = {"task": "one", "name": "gold", "metric": "gold_nll"}
+    suite = build(
+        tmp_path, "one", gold, "generate", "likelihood", "rolling", {"text": str(tmp_path / "texts.txt")}
+    )
+    for plain in (False, True):
+        engine = HFEngine(model, tokenizer, batch_tokens=512)
+        if plain:
+            engine._live.forks = engine._live.splits_head = False
+        suite.score(engine, whole(suite), check_degenerate=False)
+        assert state() == before
 
 
 def test_building_and_scoring_open_no_connection_and_start_no_process(
