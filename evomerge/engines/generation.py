@@ -188,6 +188,7 @@ def generate_plain(
             append_all([rows[row] for row in alive], [last[row] for row in alive], tokenizer)
             return torch.tensor([text.done for text in rows], device=ids_BL.device)
 
+        live.forget_length()
         ids_BL = torch.tensor([list(prompts[n]) for n in same], device=live.device)
         live.model.generate(
             input_ids=ids_BL,

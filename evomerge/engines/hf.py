@@ -215,6 +215,7 @@ class HFEngine:
             batch_tokens=self.batch_tokens,
             max_length=self.max_length,
             tree=self._live.forks,
+            one_length=self._live.length_matters,
             device=self.device,
         )
 

@@ -39,6 +39,9 @@ class LiveModel:
         splits_head: logits may be computed at chosen positions only.
         forks: explicit masks, prefixes and rows of their own for growing texts may be used; see `trials`.
         layer_bytes: of the keys and values of one token in one layer; found by the trial.
+        length_matters: positions are encoded by the length of the longest text of a batch, since texts may be
+            longer than the model was trained for (dynamic and longrope RoPE): texts of one length only may share
+            a batch, and nothing of one text serves another.
         windows: kind of layer → how many tokens its attention looks back, None for all; None if there
             are layers of another kind.
         listener: is told how many more requests are answered.
@@ -53,7 +56,8 @@ class LiveModel:
         self.layer_bytes = 0
         self.listener: Listener = unheard
         self.config = self.model.config.get_text_config()
-        self.windows = self._windows()
+        self.length_matters = self._length_matters()
+        self.windows = None if self.length_matters else self._windows()
         self._after = [
             (operation, float(getattr(self.config, key)))
             for key, operation in _AFTER_HEAD.items()
@@ -78,6 +82,7 @@ class LiveModel:
 
     def logits(self, ids_BL: Tensor) -> Tensor:
         """Return all logits (B, L, V) of texts, by the model's own forward pass."""
+        self.forget_length()
         logits: Tensor = self.model(input_ids=ids_BL, use_cache=False).logits
         return logits
 
@@ -123,8 +128,16 @@ class LiveModel:
         rows = max(1, LOGITS_AT_ONCE.get(self.device.type, 2**22) // size)
         return list(torch.split(hidden_ND, rows))
 
+    def forget_length(self) -> None:
+        """Let a model whose positions depend on the longest text so far begin anew."""
+        if self.length_matters:
+            self.model.base_model(
+                input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False
+            )
+
     def _hidden(self, inputs: Inputs, cache: Any) -> Tensor:
         if inputs.tree_BL is None or inputs.positions_BL is None:
+            self.forget_length()
             return self._body(inputs.ids_BL, cache)
         mask = self._masks(inputs.visible_BLK(), inputs.positions_BL, inputs.key_positions_BK())
         return self._body(inputs.ids_BL, cache, attention_mask=mask, position_ids=inputs.positions_BL)
@@ -158,3 +171,18 @@ class LiveModel:
         if not set(kinds) <= {FULL, SLIDING}:
             return None
         return {kind: window if kind == SLIDING else None for kind in sorted(set(kinds))}
+
+    def _length_matters(self) -> bool:
+        """Read from the config whether positions are encoded by the length of a text."""
+        given = getattr(self.config, "rope_parameters", None) or {}
+        for rope in [given, *(value for value in given.values() if isinstance(value, Mapping))]:
+            kind = str(rope.get("rope_type", ""))
+            trained = (
+                rope.get("original_max_position_embeddings")
+                or getattr(self.config, "original_max_position_embeddings", None)
+                or getattr(self.config, "max_position_embeddings", None)
+                or 0
+            )
+            if ("dynamic" in kind or kind == "longrope") and self.max_length > trained:
+                return True
+        return False

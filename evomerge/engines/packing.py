@@ -129,6 +129,7 @@ def pack_scores(
     max_length: int,
     tree: bool,
     device: torch.device,
+    one_length: bool = False,
 ) -> tuple[ScoreBatch, ...]:
     """Pack (context, continuation) pairs of tokens into batches of at most `batch_tokens`.
 
@@ -137,6 +138,7 @@ def pack_scores(
     Args:
         tree: continuations of one context share a tree of up to `LONGEST_TREE` tokens or twice the
             context, short trees share a row, and what many contexts begin with becomes a prefix.
+        one_length: texts of different lengths share no batch.
 
     Raises:
         ValueError: a continuation is empty or longer than `max_length`.
@@ -158,7 +160,10 @@ def pack_scores(
                 trees.append(current)
             current.branches[branch] = []
         current.branches[branch].append((number, continuation[-1]))
-    return tuple(_score_batch(rows, device) for rows in _batches(trees, batch_tokens, share=tree, most=10**9))
+    return tuple(
+        _score_batch(rows, device)
+        for rows in _batches(trees, batch_tokens, share=tree, most=10**9, one_length=one_length)
+    )
 
 
 def pack_prompts(
@@ -225,7 +230,9 @@ def _joins(tree: _Tree, branch: tuple[int, ...], forks: bool) -> bool:
     return forks and tree.length + len(branch) <= max(LONGEST_TREE, 2 * len(tree.context))
 
 
-def _batches(trees: Sequence[_Tree], budget: int, *, share: bool, most: int) -> list[list[list[_Tree]]]:
+def _batches(
+    trees: Sequence[_Tree], budget: int, *, share: bool, most: int, one_length: bool = False
+) -> list[list[list[_Tree]]]:
     """Arrange trees in batches of rows; those of a batch have one prefix.
 
     Longest first; ties by content, so that equal work always lands in equal batches.
@@ -243,7 +250,8 @@ def _batches(trees: Sequence[_Tree], budget: int, *, share: bool, most: int) -> 
         rows.sort(key=_length, reverse=True)
         batch: list[list[_Tree]] = []
         for row in rows:
-            if batch and not _fits([*batch, row], budget, most):
+            other = one_length and batch and _length(batch[0]) != _length(row)
+            if batch and (other or not _fits([*batch, row], budget, most)):
                 batches.append(batch)
                 batch = []
             batch.append(row)

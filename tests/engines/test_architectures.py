@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -128,3 +129,47 @@ def test_scores_of_a_path_are_those_of_the_plain_forward_pass(kind: str, tmp_pat
     expected = plain_scores(model, tokenizer)
     np.testing.assert_allclose([s for s, _ in engine.loglikelihood(REQUESTS)], expected, rtol=1e-4)
     assert len(engine.generate([Generation("abc", ("#",), 4)])) == 1
+
+
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [3.0, 4.0, 5.0, 6.0]}
+LENGTHS: dict[str, tuple[str, dict[str, Any]]] = {
+    "longrope": (
+        "phi3",
+        {"rope_parameters": {**LONGROPE, "rope_theta": 1e4}, "original_max_position_embeddings": 40},
+    ),
+    "dynamic": (
+        "llama",
+        {
+            "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4},
+            "max_position_embeddings": 40,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", LENGTHS)
+def test_positions_that_depend_on_the_length_of_a_text(kind: str, tmp_path: Path) -> None:
+    """Texts on both sides of the length that the model was trained for; asked alone, each by a new model."""
+    name, options = LENGTHS[kind]
+    folder = make_model(tmp_path / "m", 3, kind=name, layers=2)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **options}))
+    model_class = ARCHITECTURES[name][1]
+    tokenizer = make_tokenizer(tmp_path / "tokenizer")
+    requests = [
+        Loglikelihood("abc" * k, " " + end) for k in (2, 8, 9, 12, 20) for end in ("yes", "no", "maybe")
+    ]
+
+    def engine(max_length: int) -> HFEngine:
+        model = model_class.from_pretrained(folder, dtype=torch.float32)
+        return HFEngine(model, tokenizer, batch_tokens=4096, max_length=max_length)
+
+    assert "tree" in engine(40).fingerprint.split("paths=")[1].split()[0]
+    together = engine(256)
+    assert "tree" not in together.fingerprint.split("paths=")[1].split()[0]
+    for _ in range(2):
+        np.testing.assert_allclose(
+            [score for score, _ in together.loglikelihood(requests)],
+            [engine(256).loglikelihood([request])[0][0] for request in requests],
+            rtol=1e-5,
+        )
