@@ -24,7 +24,7 @@ class Settings:
     """How an expert is trained."""
 
     steps: int = 160
-    batch: int = 12
+    batch: int = 8
     learning_rate: float = 1e-3
     rank: int = 8
     alpha: int = 16
@@ -97,7 +97,7 @@ def train(name: str, base: Path, out: Path, settings: Settings) -> None:
         target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
         task_type="CAUSAL_LM",
     )
-    model = get_peft_model(model, lora)
+    model = get_peft_model(model, lora, autocast_adapter_dtype=False)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=0.0)
     examples = EXPERTS[name](settings.seed)
@@ -109,7 +109,7 @@ def train(name: str, base: Path, out: Path, settings: Settings) -> None:
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * rate
         batch = _batch(tokenizer, [next(examples) for _ in range(settings.batch)])
-        loss = model(**batch).loss
+        loss = _loss(model, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -132,6 +132,20 @@ def train(name: str, base: Path, out: Path, settings: Settings) -> None:
     (partial / STAMP).write_text(json.dumps(_stamp(base, settings)) + "\n")
     shutil.rmtree(out, ignore_errors=True)
     partial.replace(out)
+
+
+def _loss(model: Any, batch: dict[str, Any]) -> Any:
+    """Return the mean negative log-probability of the answers' tokens; the head runs at those only."""
+    import torch
+
+    inner = model.get_base_model()
+    hidden = inner.model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+    )[0]
+    targets = batch["labels"][:, 1:]
+    wanted = targets != -100
+    logits = inner.lm_head(hidden[:, :-1][wanted])
+    return torch.nn.functional.cross_entropy(logits.float(), targets[wanted])
 
 
 def _batch(tokenizer: Any, examples: list[tuple[str, str]]) -> dict[str, Any]:
