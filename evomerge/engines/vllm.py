@@ -25,7 +25,7 @@ from evomerge.losses import loss
 
 Plan = TypeVar("Plan")
 _KEPT_PLANS = 512
-_SENTINEL_TOKENS = 8
+_SENTINEL_TOKENS = 2
 _LIKELIEST = 4
 
 SPARE_TOKENS = 2

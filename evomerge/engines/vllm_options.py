@@ -126,10 +126,10 @@ def defaults(device: str, batch_tokens: int) -> dict[str, Any]:
     All that decides which requests share a step is written down here, so that it does not depend on
     vLLM's guesses about the machine.
     """
-    decided: dict[str, Any] = {
+    return {
         "max_num_seqs": min(batch_tokens, 64 if device == "cpu" else 256),
         "enable_prefix_caching": True,
         "enable_chunked_prefill": True,
+        "async_scheduling": False,
         "enforce_eager": device == "cpu",
     }
-    return decided
