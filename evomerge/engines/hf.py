@@ -23,7 +23,7 @@ from evomerge.engines.trials import try_savings
 from evomerge.evaluation.requests import Generated, Generation, Listener, Loglikelihood, Rolling
 
 Plan = TypeVar("Plan")
-_KEPT_PLANS = 512
+_KEPT_PLANS = 2048
 
 
 def default_batch_tokens(device: str | torch.device) -> int:

@@ -15,6 +15,7 @@ from evomerge.errors import UserError
 from evomerge.evaluation.requests import Generation, Rolling
 from evomerge.memory import available_memory, copy_bandwidth
 from evomerge.merging import MergePlan, plan_merge
+from evomerge.spaces import PathSpace
 
 if TYPE_CHECKING:
     from evomerge.searching.setup import Setup
@@ -43,6 +44,8 @@ class Memory:
         swap_bytes: read and written when a worker goes from one candidate to the next.
         bandwidth: bytes per second that one thread moves here; for a GPU about as many go to it.
         swap_seconds: `swap_bytes` at that rate; a method that computes more than it moves takes longer.
+        shared_layers: whether candidates are layer paths, which share what they have in common; sizes are then the most
+            that there can be.
         measured_swap_seconds, measured_swap_share: of a run that has begun: the mean, and its share in the time
             that workers spent.
     """
@@ -61,6 +64,7 @@ class Memory:
     swap_bytes: int
     bandwidth: float
     swap_seconds: float
+    shared_layers: bool = False
     measured_swap_seconds: float | None = None
     measured_swap_share: float | None = None
 
@@ -85,9 +89,8 @@ class Memory:
         elif self.gpus:
             free = f", {' + '.join(map(size, self.gpus))} there"
         kept = "kept in the page cache" if self.parents_in == "page cache" else "read from disk each time"
-        swap = (
-            f"moves {size(self.swap_bytes)}, about {_seconds(self.swap_seconds)} at {size(self.bandwidth)}/s"
-        )
+        most = "at most " if self.shared_layers else ""
+        swap = f"moves {most}{size(self.swap_bytes)}, about {_seconds(self.swap_seconds)} at {size(self.bandwidth)}/s"
         if self.measured_swap_seconds is not None and self.measured_swap_share is not None:
             swap = (
                 f"takes {_seconds(self.measured_swap_seconds)} here, {self.measured_swap_share:.0%} of a "
@@ -95,7 +98,7 @@ class Memory:
             )
         return [
             f"  memory      {len(self.parents)} parents, {size(self.parent_bytes)} on disk, {kept}; {count} live model "
-            f"{size(self.live_bytes)} in {self.live_in}, with about {cache}{size(works.logits)} logits, "
+            f"{most}{size(self.live_bytes)} in {self.live_in}, with about {cache}{size(works.logits)} logits, "
             f"{size(works.activations)} activations{free}",
             f"  swap        {swap}",
         ]
@@ -127,7 +130,10 @@ def plan_memory(setup: Setup, *, measured: tuple[float, float] | None = None) ->
         measured: mean seconds of a swap and its share of the workers' time, where the run knows them.
     """
     config = setup.config
-    plan = plan_merge(setup.baselines["initial"], setup.checkpoints)
+    space = setup.space
+    # Layer paths share their layers: at most, all of them are there.
+    largest = space.probe() if isinstance(space, PathSpace) else setup.baselines["initial"]
+    plan = plan_merge(largest, setup.checkpoints)
     working = _working(setup, plan)
     gpus = _gpus() if config.engine.device == "cuda" else ()
     per_gpu = max(1, int(1 / _gpus_per_worker(config))) if gpus else 1
@@ -155,6 +161,7 @@ def plan_memory(setup: Setup, *, measured: tuple[float, float] | None = None) ->
         swap_bytes=moved,
         bandwidth=bandwidth,
         swap_seconds=(moved + (2 * plan.nbytes if on_gpu else 0)) / bandwidth,
+        shared_layers=isinstance(space, PathSpace),
         measured_swap_seconds=None if measured is None else measured[0],
         measured_swap_share=None if measured is None else measured[1],
     )

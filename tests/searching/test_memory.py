@@ -57,6 +57,25 @@ def test_parents_live_model_and_swap_are_counted_in_bytes(config: Path, family: 
     assert memory.working.total > 0
 
 
+def test_layer_paths_hold_all_layers_of_the_pool_at_most(config: Path, family: dict[str, Path]) -> None:
+    one = tensor_bytes(family["a"])
+    with (family["a"] / "model.safetensors").open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    layers: dict[str, int] = {}
+    for name, entry in header.items():
+        if ".layers." in name:
+            number = name.split(".layers.")[1].split(".")[0]
+            layers[number] = layers.get(number, 0) + entry["data_offsets"][1] - entry["data_offsets"][0]
+    space = "space={type: layers, pool: [a, b]}"
+    memory = plan_memory(setup_of(config, space, "optimizer={}"))
+    assert memory.shared_layers
+    # The last layer stands twice in what is planned.
+    both = one + sum(layers.values())
+    assert both <= memory.live_bytes <= both + max(layers.values())
+    assert "live model at most" in memory.lines()[0]
+    assert "moves at most" in memory.lines()[1]
+
+
 def test_the_plan_says_it_in_words_and_numbers(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(config)]) == 0
     said = capsys.readouterr().out
