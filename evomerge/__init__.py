@@ -26,6 +26,7 @@ _PUBLIC = {
     "convert": "evomerge.checkpoints.conversion",
     "collect_statistics": "evomerge.statistics.collect",
     "Config": "evomerge.config",
+    "load_compact": "evomerge.merging.compact",
     "load_config": "evomerge.config",
     "Recipe": "evomerge.recipe",
     "load_recipe": "evomerge.recipe",
@@ -40,6 +41,7 @@ __all__ = [
     "evaluate",
     "evaluate_tasks",
     "extract_lora",
+    "load_compact",
     "load_config",
     "load_recipe",
     "merge",
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
     from evomerge.config import Config, load_config
     from evomerge.extraction import extract_lora
     from evomerge.merging import merge
+    from evomerge.merging.compact import load_compact
     from evomerge.recipe import Recipe, load_recipe
     from evomerge.scoring import evaluate
     from evomerge.searching.run import Run, resume, search

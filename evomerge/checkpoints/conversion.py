@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from evomerge.checkpoints.adapter_writer import write_adapter
+from evomerge.checkpoints.compact import expand, is_compact, open_compact
 from evomerge.checkpoints.files import (
     ADAPTER_CONFIG,
     CONFIG_FILE,
@@ -40,14 +41,17 @@ def convert(
     revision: str | None = None,
     max_shard_size: int | str = "5GB",
 ) -> Path:
-    """Write a model or an adapter with pickled weights as a folder with safetensors weights.
+    """Write a model or an adapter with pickled weights, or a compact one, as an ordinary folder.
 
     The pickles are read with torch's restricted unpickler, which makes tensors and nothing else, and mapped
     into memory where their format allows it. Tensors keep their bytes; a head that is the embedding itself is
     left out of a tied model, as transformers does.
 
+    A compact folder (`evomerge.checkpoints.compact`) becomes the model that it stands for.
+
     Args:
-        source: folder or hub id with ``pytorch_model.bin`` (or shards and an index) or ``adapter_model.bin``.
+        source: a compact folder, or a folder or hub id with ``pytorch_model.bin`` (or shards and an index) or
+            ``adapter_model.bin``.
         out: the folder to make; it must not exist, or be empty.
         revision: of a hub id.
         max_shard_size: bytes of weights a file.
@@ -60,9 +64,12 @@ def convert(
     """
     out = Path(out)
     shard_bytes = parse_size(max_shard_size)
-    folder = find(str(source), revision, pickled=True)
+    local = Path(source).expanduser()
+    folder = local if is_compact(local) else find(str(source), revision, pickled=True)
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise UserError(f"{out}: exists already and is not an empty folder; name a new one")
+    if is_compact(folder):
+        return expand(open_compact(folder), out, max_shard_size=shard_bytes)
     return _adapter(folder, source, out) if is_adapter(folder) else _model(folder, source, out, shard_bytes)
 
 

@@ -12,6 +12,7 @@ PICKLED_FILE = "pytorch_model.bin"
 PICKLED_INDEX = "pytorch_model.bin.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
+COMPACT_FILE = "evomerge_compact.json"
 PICKLED_ADAPTER = "adapter_model.bin"
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")

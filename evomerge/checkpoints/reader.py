@@ -21,7 +21,7 @@ from evomerge.checkpoints.completeness import (
     output_head,
 )
 from evomerge.checkpoints.content import cached_content_hash
-from evomerge.checkpoints.files import ADAPTER_CONFIG, CONFIG_FILE, INDEX_FILE, SINGLE_FILE
+from evomerge.checkpoints.files import ADAPTER_CONFIG, COMPACT_FILE, CONFIG_FILE, INDEX_FILE, SINGLE_FILE
 from evomerge.checkpoints.header import COPYABLE, DTYPE_NAMES, MERGEABLE, TensorInfo, read_header
 from evomerge.checkpoints.locate import check_weights, find, find_adapter, is_adapter
 from evomerge.checkpoints.model_config import text_config
@@ -241,9 +241,14 @@ def _own_base(adapter: Adapter) -> Checkpoint:
 
 
 def _open_folder(path: Path, name: str) -> Checkpoint:
+    if (path / COMPACT_FILE).is_file():
+        raise CheckpointError(
+            f"{path}: is a compact folder, which holds equal tensors once; 'evomerge convert {path} NEW_FOLDER' writes "
+            "the ordinary model"
+        )
     config = read_object(path / CONFIG_FILE)
     _refuse_quantised(path, config)
-    infos = canonical(_read_files(path), config)
+    infos = canonical(read_files(path), config)
     for tensor, info in infos.items():
         if info.dtype not in (COPYABLE if is_outside(tensor) else MERGEABLE):
             raise CheckpointError(
@@ -288,7 +293,7 @@ def _refuse_quantised(path: Path, config: dict[str, Any]) -> None:
         )
 
 
-def _read_files(path: Path) -> Iterable[TensorInfo]:
+def read_files(path: Path) -> Iterable[TensorInfo]:
     """Return all tensors of the single file or of the index's shards, by file and offset.
 
     A `model.safetensors` wins over an index, as it does in transformers.

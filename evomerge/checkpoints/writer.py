@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from evomerge.checkpoints.files import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
+from evomerge.checkpoints.files import COMPACT_FILE, CONFIG_FILE, INDEX_FILE, SINGLE_FILE
 from evomerge.checkpoints.header import build_header
 from evomerge.checkpoints.model_config import set_dtype
 from evomerge.checkpoints.pieces import PIECE, PieceFile, PiecePool, write_at
@@ -75,6 +75,8 @@ class CheckpointWriter:
         chat_template_donor: whose chat template, if not that of the tokenizer's donor.
         generation: ``generation_config.json``, if not the donor's.
         max_shard_size: bytes of weights a file; a larger tensor has a file of its own.
+        compact: for a compact folder (`evomerge.checkpoints.compact`), which has no ``config.json``: what its
+            ``evomerge_compact.json`` says besides the config.
 
     Raises:
         UserError: `out` is taken, or cannot be written.
@@ -92,7 +94,9 @@ class CheckpointWriter:
         chat_template_donor: Path | None = None,
         generation: Mapping[str, Any] | None = None,
         max_shard_size: int = 5_000_000_000,
+        compact: Mapping[str, Any] | None = None,
     ) -> None:
+        self._compact = compact
         self.out = Path(os.path.abspath(out))
         self._layout = [(name, tuple(shape), dtype) for name, shape, dtype in layout]
         self._config = dict(config)
@@ -273,7 +277,10 @@ class CheckpointWriter:
 
     def _write_structure(self) -> None:
         """Write the files without which the folder is no checkpoint."""
-        _write_json(self._folder / CONFIG_FILE, self._final_config())
+        if self._compact is None:
+            _write_json(self._folder / CONFIG_FILE, self._final_config())
+        else:
+            _write_json(self._folder / COMPACT_FILE, {**self._compact, "config": self._final_config()})
         if list(self._shards) != [SINGLE_FILE]:
             weight_map = {name: file for file, tensors in self._shards.items() for name, _, _ in tensors}
             parameters = sum(math.prod(shape) for _, shape, _ in self._layout)

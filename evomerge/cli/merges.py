@@ -47,6 +47,7 @@ _CONVERT_HELP = """\
 examples:
   evomerge convert ./old-model ./model
   evomerge convert org/old-adapter ./adapter
+  evomerge convert ./compact ./model                     written by evomerge merge --compact
 
 Reads pytorch_model.bin (or its shards) or adapter_model.bin with an unpickler that makes tensors and runs no
 code; a file that needs more is refused. Tensors keep their bytes.
@@ -60,6 +61,11 @@ def add_commands(commands: Commands) -> None:
     sub.add_argument("out", type=Path, metavar="OUT", help="folder to write; must not exist")
     add_shard_size(sub)
     sub.add_argument("--device", default="cpu", metavar="DEVICE", help="does the arithmetic (default: cpu)")
+    sub.add_argument(
+        "--compact",
+        action="store_true",
+        help="write equal tensors once (repeated layers); for evomerge.load_compact and evomerge convert",
+    )
 
     sub = commands.add(
         "extract-lora", _extract_lora, "write what a fine-tune changed as a LoRA adapter", _EXTRACT_HELP
@@ -83,7 +89,12 @@ def add_commands(commands: Commands) -> None:
     sub.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     add_json(sub)
 
-    sub = commands.add("convert", _convert, "write pickled weights (.bin) as safetensors", _CONVERT_HELP)
+    sub = commands.add(
+        "convert",
+        _convert,
+        "write pickled weights (.bin), or a compact folder, as a plain one",
+        _CONVERT_HELP,
+    )
     sub.add_argument("source", metavar="SOURCE", help="model or adapter: a folder or hub id")
     sub.add_argument("out", type=Path, metavar="OUT", help="folder to write; must not exist")
     sub.add_argument("--revision", metavar="R", help="of a hub id: branch, tag or commit")
@@ -108,6 +119,7 @@ def _merge(options: argparse.Namespace) -> int:
             progress=show,
             report=in_lines(say),
             device=options.device,
+            compact=options.compact,
         )
     print(out)
     return 0

@@ -22,6 +22,7 @@ from evomerge.checkpoints import (
     commits,
     parse_size,
 )
+from evomerge.checkpoints.compact import description
 from evomerge.checkpoints.names import parse
 from evomerge.checkpoints.tokenizer import load_tokenizer, tokenizer_sha256, write_chat_templates
 from evomerge.environment import prepare
@@ -90,6 +91,7 @@ def merge(
     threads: int | None = None,
     report: Report | None = None,
     device: str | None = None,
+    compact: bool = False,
 ) -> Path:
     """Merge checkpoints as a recipe says and write the result as a Hugging Face checkpoint folder.
 
@@ -106,6 +108,8 @@ def merge(
         report: called with (what is done, steps done, steps in all) while the models are run for a method
             that needs statistics which are not kept from before.
         device: where the arithmetic is done, e.g. ``cuda``; None: on the CPU.
+        compact: write equal tensors once, such as those of a layer that a path repeats. The folder is no ordinary
+            checkpoint: `evomerge.load_compact` loads it, `evomerge.convert` writes the ordinary one.
 
     Returns:
         `out` as a path.
@@ -128,6 +132,7 @@ def merge(
                 threads=threads,
                 report=report,
                 device=device,
+                compact=compact,
             )
     prepare(offline=not recipe.uses_hub)
     checkpoints = open_parents(recipe)
@@ -141,6 +146,7 @@ def merge(
             threads=threads,
             report=report,
             device=device,
+            compact=compact,
         )
     finally:
         for checkpoint in checkpoints.values():
@@ -157,6 +163,7 @@ def write_merge(
     threads: int | None = None,
     report: Report | None = None,
     device: str | None = None,
+    compact: bool = False,
 ) -> Path:
     """Do what `merge` does with parents that are open already."""
     out = Path(out)
@@ -170,25 +177,29 @@ def write_merge(
     notes = (*plan.warnings, *_idle_rules(recipe, checkpoints))
     for warning in (*notes, *without_statistics(plan, checkpoints, statistics)):
         _log.warning("%s", warning)
+    same = _equal_tensors(plan) if compact else {job.name: job.name for job in plan.jobs}
+    jobs = [job for job in plan.jobs if same[job.name] == job.name]
     try:
         with (
             plan.vocabulary.folder() as tokenizer,
             _templates(plan) as template,
             CheckpointWriter(
                 out,
-                [(job.name, job.shape, job.dtype) for job in plan.jobs],
+                [(job.name, job.shape, job.dtype) for job in jobs],
                 config=plan.config,
                 donor=checkpoints[plan.donor].path,
                 tokenizer_donor=tokenizer,
                 chat_template_donor=template,
                 generation=plan.generation,
                 max_shard_size=shard_bytes,
+                compact=description(same, plan.copied) if compact else None,
             ) as writer,
         ):
             execute(
                 plan,
                 checkpoints,
                 FileSink(writer),
+                jobs=jobs,
                 progress=progress,
                 threads=threads or _cpus(),
                 stream=True,
@@ -200,6 +211,12 @@ def write_merge(
         why = "; a parent is damaged or a parameter too large" if isinstance(failure, NonFinite) else ""
         raise CheckpointError(f"{out}: not written: {failure}{why}") from None
     return out
+
+
+def _equal_tensors(plan: MergePlan) -> dict[str, str]:
+    """Return for each tensor, in order, the first one that is the same."""
+    first: dict[Any, str] = {}
+    return {job.name: first.setdefault(job.content, job.name) for job in plan.jobs}
 
 
 def _idle_rules(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> list[str]:

@@ -20,10 +20,10 @@ from transformers.core_model_loading import (
 
 from evomerge.checkpoints.names import is_buffer
 from evomerge.errors import CheckpointError
-from evomerge.merging.plan import MergePlan
+from evomerge.merging.plan import ModelPlan
 
 
-def bind(model: nn.Module, plan: MergePlan) -> dict[str, torch.Tensor]:
+def bind(model: nn.Module, plan: ModelPlan) -> dict[str, torch.Tensor]:
     """Return the live tensor of each of the plan's output tensors, by on-disk name.
 
     The names are matched as transformers does when it loads a folder; where it keeps the experts of a layer

@@ -32,7 +32,7 @@ from evomerge.merging.layer_config import (
     shared_settings,
 )
 from evomerge.merging.live import live_config, live_model, set_generation
-from evomerge.merging.plan import MergePlan, TensorJob
+from evomerge.merging.plan import ModelPlan, TensorJob
 from evomerge.merging.sinks import LiveSink
 
 Content = tuple[Any, ...]
@@ -61,7 +61,7 @@ class SharedLayers:
         self._taken: list[tuple[nn.Module, str]] = []
 
     @staticmethod
-    def can_hold(plan: MergePlan) -> bool:
+    def can_hold(plan: ModelPlan) -> bool:
         """Whether the layers of a plan's model are independent of their number and their order."""
         return derived_kind(text_config(plan.config)) is None
 
@@ -71,7 +71,7 @@ class SharedLayers:
         return sum(tensor.nbytes for tensor in self._pool.values())
 
     def model(
-        self, plan: MergePlan, write: Write, *, generation: Path | Mapping[str, Any], room: int
+        self, plan: ModelPlan, write: Write, *, generation: Path | Mapping[str, Any], room: int
     ) -> nn.Module:
         """Return a live model with a plan's weights.
 
@@ -79,7 +79,7 @@ class SharedLayers:
         list of layers changes; a model that was returned before has no weights any more.
 
         Args:
-            plan: from `plan_merge`; `can_hold` it.
+            plan: one that it `can_hold`.
             write: carries out some of its jobs.
             generation: the output's generation defaults, or the folder that has them.
             room: bytes worth keeping for later plans.
@@ -104,7 +104,7 @@ class SharedLayers:
         return shell.model
 
     def _make(
-        self, needed: Mapping[Content, tuple[_Place, list[TensorJob]]], plan: MergePlan, write: Write
+        self, needed: Mapping[Content, tuple[_Place, list[TensorJob]]], plan: ModelPlan, write: Write
     ) -> None:
         """Have every needed tensor in the pool; what was used longest ago makes room."""
         missing = {content: found for content, found in needed.items() if content not in self._pool}
@@ -140,7 +140,7 @@ class SharedLayers:
             spare[tuple(tensor.shape), tensor.dtype].append(tensor)
         return spare
 
-    def _shell(self, plan: MergePlan, tensors: _Tensors, generation: Path | Mapping[str, Any]) -> _Shell:
+    def _shell(self, plan: ModelPlan, tensors: _Tensors, generation: Path | Mapping[str, Any]) -> _Shell:
         shape = [
             shared_settings(plan.config),
             sorted(set(tensors.kinds)),
@@ -209,7 +209,7 @@ class _Tensors:
         context: what tensors depend on besides their own jobs.
     """
 
-    def __init__(self, plan: MergePlan) -> None:
+    def __init__(self, plan: ModelPlan) -> None:
         count = layer_count(plan.config, "config.json", [job.name for job in plan.jobs])
         self.top: dict[str, TensorJob] = {}
         self.layers: list[dict[str, TensorJob]] = [{} for _ in range(count)]
@@ -222,7 +222,7 @@ class _Tensors:
         settings = layer_settings(plan.config, count)
         shapes = [sorted((stem, job.shape) for stem, job in layer.items()) for layer in self.layers]
         self.kinds = tuple(json.dumps(both, sort_keys=True) for both in zip(settings, shapes, strict=True))
-        self.context = tuple(_of_job(job) for job in plan.jobs if (job.values or {}).get("trim") == "global")
+        self.context = tuple(job.content for job in plan.jobs if (job.values or {}).get("trim") == "global")
 
 
 class _Shell:
@@ -236,7 +236,7 @@ class _Shell:
     """
 
     def __init__(
-        self, plan: MergePlan, tensors: _Tensors, device: torch.device, generation: Path | Mapping[str, Any]
+        self, plan: ModelPlan, tensors: _Tensors, device: torch.device, generation: Path | Mapping[str, Any]
     ) -> None:
         picked = [tensors.kinds.index(kind) for kind in dict.fromkeys(tensors.kinds)]
         jobs = [*tensors.top.values()]
@@ -282,7 +282,7 @@ class _Shell:
                 for path, attribute in place.owners:
                     yield module.get_submodule(path), attribute
 
-    def become(self, plan: MergePlan, tensors: _Tensors) -> None:
+    def become(self, plan: ModelPlan, tensors: _Tensors) -> None:
         """Take the layers of a plan's model, without their weights."""
         layers = [self._slot(index, kind) for index, kind in enumerate(tensors.kinds)]
         before, _, name = self._list.rpartition(".")
@@ -343,19 +343,6 @@ def _places(model: nn.Module, bound: Mapping[str, torch.Tensor]) -> list[_Place]
 
 
 def _content(place: _Place, jobs: Sequence[TensorJob], context: Content) -> Content:
-    parts = tuple((part.start, _of_job(job)) for part, job in zip(place.parts, jobs, strict=True))
+    parts = tuple((part.start, job.content) for part, job in zip(place.parts, jobs, strict=True))
     depends = any((job.values or {}).get("trim") == "global" for job in jobs)
     return place.shape, place.dtype, parts, context if depends else ()
-
-
-def _of_job(job: TensorJob) -> Content:
-    """Return what a job's tensor depends on: all but its name."""
-    # A model that stands for itself is a linear merge of itself, with the same bits.
-    linear = job.method == "linear" and len(job.inputs) == 1 and (job.values or {}).get("weight") == (1.0,)
-    copied = job.method is None or linear
-    how = () if copied else (job.method, job.base, job.dialect, tuple(sorted((job.values or {}).items())))
-    names = tuple(job.source_in(model) for model in job.inputs)
-    return (
-        *(how, job.inputs, names, job.source, job.shape, job.dtype, job.factor, job.shift),
-        *(job.masks, job.view, job.transposed, job.statistics),
-    )

@@ -91,44 +91,74 @@ class TensorJob:
         return self.numel * self.dtype.itemsize
 
     @property
+    def content(self) -> tuple[Any, ...]:
+        """What the tensor depends on, within one plan: all but its name."""
+        # A model that stands for itself is a linear merge of itself, with the same bits.
+        linear = (
+            self.method == "linear" and len(self.inputs) == 1 and (self.values or {}).get("weight") == (1.0,)
+        )
+        plain = self.method is None or linear
+        how = (
+            ()
+            if plain
+            else (self.method, self.base, self.dialect, tuple(sorted((self.values or {}).items())))
+        )
+        names = tuple(self.source_in(model) for model in self.inputs)
+        return (
+            *(how, self.inputs, names, self.source, self.shape, self.dtype, self.factor, self.shift),
+            *(self.masks, self.view, self.transposed, self.statistics),
+        )
+
+    @property
     def key(self) -> str:
         """What the candidate-independent reductions of this tensor are cached under."""
         names = [self.source_in(model) for model in self.inputs] if self.sources else []
         return "\x1f".join([self.source, self.view, self.base or "", *self.inputs, *names, *self.statistics])
 
 
-@dataclass(frozen=True)
-class MergePlan:
-    """One output model, tensor by tensor.
+@dataclass(frozen=True, kw_only=True)
+class ModelPlan:
+    """One model, tensor by tensor.
 
     Attributes:
-        config: the output's Hugging Face config.
-        jobs: one for each output tensor, in the order in which they are written.
-        dtype: number format of most weights; that of the output's config and of the live model.
+        config: its Hugging Face config.
+        jobs: one for each tensor, in the order in which they are written.
+        dtype: number format of most weights; that of the config and of the live model.
+        copied: tensors outside the language model.
+    """
+
+    config: dict[str, Any]
+    jobs: tuple[TensorJob, ...]
+    dtype: torch.dtype
+    copied: tuple[str, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the tensors in bytes."""
+        return sum(job.nbytes for job in self.jobs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergePlan(ModelPlan):
+    """One output model, and what goes along with its weights.
+
+    Attributes:
         donor: name of the model whose config and other small files go along.
         vocabulary: the output's tokenizer.
         generation: the output's generation defaults where they are not the donor's file as it is.
         chat_templates: by name, or None for the tokenizer's own.
         views: models with other rows of embedding and head than they have on disk, by `TensorJob.view` and name.
         warnings: what the user should know, one sentence each.
-        copied: output tensors outside the language model, which are the donor's.
+
+    What is `copied` is the donor's.
     """
 
-    config: dict[str, Any]
-    jobs: tuple[TensorJob, ...]
-    dtype: torch.dtype
     donor: str
     vocabulary: OutputVocabulary
     generation: Mapping[str, Any] | None = None
     chat_templates: Mapping[str, str] | None = None
     views: Mapping[str, Mapping[str, Checkpoint]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
-    copied: tuple[str, ...] = ()
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the output's tensors in bytes."""
-        return sum(job.nbytes for job in self.jobs)
 
     def parents(self, job: TensorJob, checkpoints: Mapping[str, Checkpoint]) -> Mapping[str, Checkpoint]:
         """Return the models, by name, in the form in which a job reads them."""
