@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -48,6 +48,9 @@ def _whole(value: Any) -> Any:
         raise PydanticKnownError("int_type")
     return value
 
+
+Auto = Literal["auto"]
+"""To be decided by evomerge."""
 
 Number = Annotated[float, BeforeValidator(_number)]
 """A float that `true` does not pass for."""

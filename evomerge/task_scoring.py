@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evomerge.config import Engine, Suite, TaskSpec
+from evomerge.config import Engine
 from evomerge.environment import prepare
 from evomerge.errors import CandidateFailed, UserError
 from evomerge.evaluation.report import MetricValue, shown
@@ -16,6 +16,7 @@ from evomerge.overrides import overridden
 from evomerge.recipe import Recipe
 from evomerge.schema import Frozen, validate
 from evomerge.scoring import label_of, model_reading
+from evomerge.suite_config import Suite, TaskSpec
 
 if TYPE_CHECKING:
     from evomerge.evaluation.definitions import Definition

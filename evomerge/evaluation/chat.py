@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evomerge.config import Suite as SuiteConfig
 from evomerge.errors import UserError, at, nearest
 from evomerge.evaluation.requests import Loglikelihood, Request
+from evomerge.suite_config import Suite as SuiteConfig
 
 ChatTemplate = Callable[..., str]
 

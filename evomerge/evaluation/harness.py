@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evomerge.config import Splits, TaskSpec
-from evomerge.config import Suite as SuiteConfig
 from evomerge.errors import UserError, at
 from evomerge.evaluation.chat import PromptStyle
 from evomerge.evaluation.definitions import Definition
@@ -29,6 +27,8 @@ from evomerge.evaluation.requests import (
 )
 from evomerge.evaluation.splits import TaskSplits
 from evomerge.evaluation.tasks import build_instances, item_id, load_source, request_of, stops_of
+from evomerge.suite_config import Splits, TaskSpec
+from evomerge.suite_config import Suite as SuiteConfig
 
 
 class HarnessTask:

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from evomerge.config import TaskSpec
 from evomerge.environment import cache_folder
 from evomerge.errors import UserError, at, nearest
 from evomerge.evaluation.definitions import (
@@ -24,6 +23,7 @@ from evomerge.evaluation.definitions import (
     read_definition,
     read_yaml,
 )
+from evomerge.suite_config import TaskSpec
 
 _IGNORED = {"__pycache__", ".ipynb_checkpoints"}
 _GROUP_KEYS = {"group", "group_alias", "task", "aggregate_metric_list", "metadata", "tag"}

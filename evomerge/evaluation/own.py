@@ -18,7 +18,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from evomerge.config import PythonSpec, Splits
 from evomerge.errors import UserError, at, nearest
 from evomerge.evaluation.entries import Entry, Reply
 from evomerge.evaluation.guards import Answers
@@ -29,6 +28,7 @@ from evomerge.evaluation.preview import Preview
 from evomerge.evaluation.requests import Engine
 from evomerge.evaluation.rows import Row, deal, field_of, rows_in
 from evomerge.losses import loss
+from evomerge.suite_config import PythonSpec, Splits
 
 SCORE = Metric("score", "none", "share", higher_is_better=True)
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evomerge.config import FilesOfSplits, ItemFiles, SplitFractions
 from evomerge.errors import UserError, nearest
 from evomerge.evaluation.items import SPLITS, Split
 from evomerge.evaluation.splits import share_of, uniform
 from evomerge.schema import read_text, shown
+from evomerge.suite_config import FilesOfSplits, ItemFiles, SplitFractions
 
 JSONL = (".jsonl", ".ndjson")
 

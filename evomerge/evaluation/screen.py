@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from evomerge.config import Screen
 from evomerge.errors import UserError, nearest
 from evomerge.evaluation.entries import Entry
 from evomerge.evaluation.gold import GoldScorer, gold_entries
 from evomerge.evaluation.metrics import GOLD, Metric
 from evomerge.evaluation.requests import Rolling
+from evomerge.suite_config import Screen
 
 SUFFIX = ":screen"
 """What a task is called as part of the screen: its name and this."""

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from evomerge.config import SplitFractions, Splits
 from evomerge.errors import UserError, at, nearest
 from evomerge.evaluation.data import quiet
 from evomerge.evaluation.items import SPLITS, Split
 from evomerge.evaluation.tasks import TaskSource, build_task
+from evomerge.suite_config import SplitFractions, Splits
 
 GROUP_HELP = (
     "items of one group ask the same question; the task's `group` names a field that tells them apart"

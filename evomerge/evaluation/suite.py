@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evomerge.config import AnyTaskSpec, Splits, TaskSpec, TextSpec
-from evomerge.config import Suite as SuiteConfig
 from evomerge.errors import CandidateFailed, UserError, at, nearest
 from evomerge.evaluation.blocks import cut_blocks, fixed_blocks, put_together
 from evomerge.evaluation.chat import PromptStyle, check_thinking, prompt_style
@@ -25,6 +23,8 @@ from evomerge.evaluation.requests import Engine, Request, listen, unheard
 from evomerge.evaluation.screen import SUFFIX, screen_entries
 from evomerge.evaluation.splits import GROUP_HELP
 from evomerge.evaluation.texts import TextTask
+from evomerge.suite_config import AnyTaskSpec, Splits, TaskSpec, TextSpec
+from evomerge.suite_config import Suite as SuiteConfig
 
 __all__ = ["Preview", "Suite", "SuiteTask"]
 

@@ -10,14 +10,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from evomerge.config import Suite as SuiteConfig
-from evomerge.config import TaskSpec
 from evomerge.errors import UserError, at
 from evomerge.evaluation.chat import PromptStyle
 from evomerge.evaluation.data import load_documents, quiet
 from evomerge.evaluation.definitions import Definition, PythonCall, check_trust
 from evomerge.evaluation.metrics import Metric
 from evomerge.evaluation.requests import Generation, Loglikelihood, Request, Rolling
+from evomerge.suite_config import Suite as SuiteConfig
+from evomerge.suite_config import TaskSpec
 
 FEWSHOT_SEED = 1234
 MAX_GEN_TOKS = 256

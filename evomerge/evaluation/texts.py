@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from evomerge.config import Splits, TextSpec
 from evomerge.evaluation.entries import Entry, Reply
 from evomerge.evaluation.guards import Answers
 from evomerge.evaluation.items import Item, Split
@@ -17,6 +16,7 @@ from evomerge.evaluation.metrics import Kind, Metric
 from evomerge.evaluation.preview import Preview
 from evomerge.evaluation.requests import Engine, Rolling
 from evomerge.evaluation.rows import Row, deal, normalised, texts_in
+from evomerge.suite_config import Splits, TextSpec
 
 log = logging.getLogger(__name__)
 

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from evomerge.config import Suite as SuiteConfig
-from evomerge.config import TaskSpec
 from evomerge.errors import UserError, at, nearest
 from evomerge.evaluation.chat import PromptStyle, check_thinking
 from evomerge.evaluation.data import quiet
@@ -16,6 +14,8 @@ from evomerge.evaluation.definitions import Definition
 from evomerge.evaluation.harness import fill, results_of
 from evomerge.evaluation.requests import Request
 from evomerge.evaluation.tasks import build_instances, build_task, load_source, request_of
+from evomerge.suite_config import Suite as SuiteConfig
+from evomerge.suite_config import TaskSpec
 
 
 class WholeTask:

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from evomerge.config import Engine as EngineConfig
-from evomerge.config import Splits, Suite
 from evomerge.environment import prepare
 from evomerge.errors import CandidateFailed, InfrastructureError, UserError
 from evomerge.evaluation.items import SPLITS, Item, Part, PartOutcome, Split
 from evomerge.losses import free_memory, loss
 from evomerge.recipe import Recipe, Source
+from evomerge.suite_config import Splits, Suite
 from evomerge.workers.work import Result, Scored, Work, WorkerLost
 
 if TYPE_CHECKING:

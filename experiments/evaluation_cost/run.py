@@ -36,12 +36,13 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from evomerge.checkpoints import Checkpoint
-from evomerge.config import Engine, Splits
-from evomerge.config import Suite as SuiteConfig
+from evomerge.config import Engine
 from evomerge.engines import open_host
 from evomerge.evaluation.suite import Suite
 from evomerge.merging import open_parents, output_tokenizer, pin
 from evomerge.recipe import Merge, Output, Recipe, Source
+from evomerge.suite_config import Splits
+from evomerge.suite_config import Suite as SuiteConfig
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results.jsonl"

@@ -143,7 +143,7 @@ def test_accuracy_and_gold_of_one_task_stand_side_by_side(tmp_path: Path) -> Non
 
 
 def test_documents_fall_into_the_same_splits_whatever_the_metric(tmp_path: Path) -> None:
-    from evomerge.config import Splits
+    from evomerge.suite_config import Splits
 
     write_task(tmp_path, data={"pool": documents(60)}, test_split="pool")
     cut = Splits.model_validate({"from": "pool"})
@@ -229,7 +229,7 @@ def test_small_changes_of_the_weights_are_seen(
 
 
 def test_configs_of_this_kind_are_valid_yaml() -> None:
-    from evomerge.config import Suite
+    from evomerge.suite_config import Suite
 
     text = "tasks: [{task: a, metric: exact_match}, {task: a, metric: gold_nll, weight: 0.5}, b]"
     suite = Suite.model_validate(yaml.safe_load(text))

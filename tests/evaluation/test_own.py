@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from evomerge.config import Suite as SuiteConfig
 from evomerge.engines.hf import HFEngine
 from evomerge.errors import CandidateFailed, EngineLost, UserError
 from evomerge.evaluation.model import Model
 from evomerge.evaluation.requests import Generation, Loglikelihood, Rolling
 from evomerge.evaluation.suite import Suite
 from evomerge.schema import validate
+from evomerge.suite_config import Suite as SuiteConfig
 from tests.evaluation.tiny import NAMED, FakeEngine, whole, write_jsonl
 
 ROWS = [{"id": i, "prompt": f"Say {i}.", "wanted": str(i % 7), "topic": f"t{i % 5}"} for i in range(60)]

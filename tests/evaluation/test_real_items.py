@@ -14,11 +14,11 @@ import pytest
 import torch
 import yaml
 
-from evomerge.config import Splits
-from evomerge.config import Suite as SuiteConfig
 from evomerge.engines.hf import HFEngine
 from evomerge.evaluation.requests import Generation, Loglikelihood, Rolling
 from evomerge.evaluation.suite import Suite
+from evomerge.suite_config import Splits
+from evomerge.suite_config import Suite as SuiteConfig
 from tests.evaluation.tiny import whole
 
 TASKS = Path(__file__).resolve().parents[2] / "experiments" / "evaluation_cost" / "tasks"

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from evomerge.config import Splits
 from evomerge.errors import UserError
 from evomerge.evaluation.items import SPLITS
+from evomerge.suite_config import Splits
 from tests.evaluation.tiny import build, documents, write_task
 
 FROM_TEST = Splits.model_validate(

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evomerge.config import Splits
-from evomerge.config import Suite as SuiteConfig
 from evomerge.engines.hf import HFEngine
 from evomerge.errors import UserError
 from evomerge.evaluation.requests import Rolling
 from evomerge.evaluation.suite import Suite
 from evomerge.schema import validate
+from evomerge.suite_config import Splits
+from evomerge.suite_config import Suite as SuiteConfig
 from tests.evaluation.test_parity import lm_eval_samples
 from tests.evaluation.tiny import NAMED, FakeEngine, whole, write_jsonl, write_task
 

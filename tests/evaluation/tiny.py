@@ -9,11 +9,11 @@ from typing import Any
 
 import yaml
 
-from evomerge.config import Splits
-from evomerge.config import Suite as SuiteConfig
 from evomerge.evaluation.items import Block
 from evomerge.evaluation.requests import Generated, Generation, Loglikelihood, Rolling
 from evomerge.evaluation.suite import Suite
+from evomerge.suite_config import Splits
+from evomerge.suite_config import Suite as SuiteConfig
 
 NAMED = Splits(search="search", validation="validation", test="test")
 MEAN = {"aggregation": "mean", "higher_is_better": True}

@@ -13,7 +13,6 @@ import pytest
 import yaml
 
 import evomerge
-from evomerge.config import Suite as SuiteConfig
 from evomerge.config import load_config
 from evomerge.errors import UserError
 from evomerge.schema import validate
@@ -22,6 +21,7 @@ from evomerge.searching.progress import Silent
 from evomerge.searching.ranking import rank
 from evomerge.searching.screening import come_through, places
 from evomerge.searching.setup import set_up
+from evomerge.suite_config import Suite as SuiteConfig
 from tests.searching.records import canonical
 from tests.searching.test_kill import in_child
 from tests.tasks import make_config
