@@ -85,12 +85,14 @@ class Models(Frozen):
 class OptimizerConfig(Frozen):
     """The optimiser. `sigma` (cma, catcma) is the first step's standard deviation in [0, 1] of each range.
 
-    A search over layer paths has `edits` by default, or with indicators `catcma`.
+    A search over layer paths has `edits` by default, or with indicators `catcma`. `layers` is the optimiser of
+    layer paths that come after coefficients.
     """
 
     type: Literal["cma", "catcma", "edits", "tpe", "random"] = "cma"
     sigma: Annotated[Number, Field(gt=0, le=1)] = 0.2
     population: Auto | Positive = "auto"
+    layers: OptimizerConfig | None = None
 
     @model_validator(mode="after")
     def _enough_to_rank(self) -> OptimizerConfig:
@@ -103,11 +105,15 @@ class OptimizerConfig(Frozen):
 
 
 class Budget(Frozen):
-    """When the search ends: whichever ceiling is reached first."""
+    """When the search ends: whichever ceiling is reached first.
+
+    `layers` is the share of it all that layer paths get where they come after coefficients, half by default.
+    """
 
     candidates: Positive | None = None
     item_evaluations: Positive | None = None
     hours: Annotated[Number, Field(gt=0)] | None = None
+    layers: Annotated[Number, Field(gt=0, lt=1)] | None = None
 
     @model_validator(mode="after")
     def _some(self) -> Budget:
@@ -179,7 +185,28 @@ class Cache(Frozen):
     scores: bool | Annotated[str, Field(min_length=1)] = True
 
 
-SPACES = {"coefficients": Space, "layers": LayerSpace}
+class TwoSpaces(Frozen):
+    """First coefficients, then layer paths through a pool that the winner of the first search has joined.
+
+    Attributes:
+        coefficients, layers: as where they are the only space. The pool names the winner ``merged``; where it does
+            not, the winner comes first in it.
+    """
+
+    type: Literal["coefficients+layers"]
+    coefficients: Space
+    layers: LayerSpace
+
+    @model_validator(mode="after")
+    def _with_merged(self) -> TwoSpaces:
+        if MERGED in self.layers.pool:
+            return self
+        layers = self.layers.model_copy(update={"pool": (MERGED, *self.layers.pool)})
+        object.__setattr__(self, "layers", layers)
+        return self
+
+
+SPACES = {"coefficients": Space, "layers": LayerSpace, "coefficients+layers": TwoSpaces}
 """The kinds of search space, by `type`."""
 
 
@@ -188,8 +215,18 @@ def _kind_of_space(space: Any) -> str:
     return SPACES.get(kind if isinstance(kind, str) else "", Space).__name__
 
 
+def _for_paths(space: Any, optimizer: Any) -> Any:
+    """Return the optimiser of layer paths, its type by their genome where nobody has chosen it."""
+    if not isinstance(optimizer, dict):
+        return optimizer
+    indicators = isinstance(space, dict) and space.get("genome") == "indicators"
+    return {"type": "catcma" if indicators else "edits", **optimizer}
+
+
 AnySpace = Annotated[
-    Annotated[Space, Tag("Space")] | Annotated[LayerSpace, Tag("LayerSpace")],
+    Annotated[Space, Tag("Space")]
+    | Annotated[LayerSpace, Tag("LayerSpace")]
+    | Annotated[TwoSpaces, Tag("TwoSpaces")],
     Discriminator(_kind_of_space),
 ]
 
@@ -233,10 +270,12 @@ class Config(Frozen):
             hint = nearest(str(kind), SPACES)
             raise ValueError(f"space.type: {shown(kind)} is not accepted: give {' or '.join(SPACES)}{hint}")
         optimizer = data.get("optimizer", {})
-        if kind == "coefficients" or not isinstance(optimizer, dict) or "type" in optimizer:
+        if kind == "coefficients" or not isinstance(optimizer, dict):
             return data
-        best = "catcma" if space.get("genome") == "indicators" else "edits"
-        return {**data, "optimizer": {"type": best, **optimizer}}
+        if kind == "layers":
+            return {**data, "optimizer": _for_paths(space, optimizer)}
+        layers = _for_paths(space.get("layers"), optimizer.get("layers") or {})
+        return {**data, "optimizer": {**optimizer, "layers": layers}}
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
@@ -246,53 +285,63 @@ class Config(Frozen):
                 f"engine.dtype: {self.engine.dtype}, but output.dtype is {self.output.dtype}; what is scored is what "
                 "is exported: give one of them only, or the same for both"
             )
-        if isinstance(self.space, LayerSpace):
-            self._check_layers(self.space)
+        if isinstance(self.space, Space):
+            self._check_coefficients(self.space, "space")
+        elif isinstance(self.space, LayerSpace):
+            self._check_layers(self.space, "space", self.optimizer, "optimizer")
         else:
-            self._check_coefficients(self.space)
+            self._check_coefficients(self.space.coefficients, "space.coefficients")
+            assert self.optimizer.layers is not None, "filled in before"
+            self._check_layers(self.space.layers, "space.layers", self.optimizer.layers, "optimizer.layers")
+            return self
+        for key, given in (("optimizer", self.optimizer.layers), ("budget", self.budget.layers)):
+            if given is not None:
+                raise ValueError(f"{key}.layers: needs space.type coefficients+layers; leave it out")
         return self
 
-    def _check_layers(self, space: LayerSpace) -> None:
+    def _check_layers(self, space: LayerSpace, where: str, optimizer: OptimizerConfig, key: str) -> None:
         names = ("base", *self.models.experts)
         for name in space.pool:
-            if name not in names:
+            if name not in names and not (name == MERGED and isinstance(self.space, TwoSpaces)):
                 raise ValueError(
-                    f"space.pool: no model is called '{name}'{nearest(name, names)}; give names out of "
+                    f"{where}.pool: no model is called '{name}'{nearest(name, names)}; give names out of "
                     f"{', '.join(names)}"
                 )
-        if self.optimizer.type == "tpe":
+        if optimizer.layers is not None:
+            raise ValueError(f"{key}.layers: needs space.type coefficients+layers; leave it out")
+        if optimizer.type == "tpe":
             raise ValueError(
-                "optimizer.type: tpe is not accepted: it starts anywhere in the space, where no path is a working "
+                f"{key}.type: tpe is not accepted: it starts anywhere in the space, where no path is a working "
                 "model; use edits or catcma"
             )
-        if self.optimizer.type == "cma" and space.genome != "indicators":
-            raise ValueError("optimizer.type: cma searches paths as indicators; set space.genome: indicators")
+        if optimizer.type == "cma" and space.genome != "indicators":
+            raise ValueError(f"{key}.type: cma searches paths as indicators; set {where}.genome: indicators")
 
-    def _check_coefficients(self, space: Space) -> None:
+    def _check_coefficients(self, space: Space, where: str) -> None:
         method = get_method(space.method)
         try:
             base = "base" if space.base else None
-            method.check_inputs(base, tuple(self.models.experts), "space.method", space.dialect)
+            method.check_inputs(base, tuple(self.models.experts), f"{where}.method", space.dialect)
         except ValueError as error:
             raise ValueError(f"{error}; models.experts lists {', '.join(self.models.experts)}") from None
         if space.data is not None:
             try:
                 space.data.check_inputs(tuple(self.models.experts))
             except ValueError as error:
-                raise ValueError(f"space.data.{error}") from None
+                raise ValueError(f"{where}.data.{error}") from None
         for name, specs in space.parameters.items():
             for spec in specs:
                 if spec.per not in (None, "expert", "shared", *self.models.experts):
                     raise ValueError(
-                        f"space.parameters.{name}.per: '{spec.per}' is neither expert, shared nor an expert's name"
+                        f"{where}.parameters.{name}.per: '{spec.per}' is neither expert, shared nor an expert's name"
                         f"{nearest(str(spec.per), self.models.experts)}"
                     )
         for parameter in method.parameters_in(space.dialect):
             if parameter.default_in(space.dialect) is None and parameter.name not in space.parameters:
-                raise ValueError(f"space.parameters: {method.name} needs '{parameter.name}'")
+                raise ValueError(f"{where}.parameters: {method.name} needs '{parameter.name}'")
         if not any(spec.searched for specs in space.parameters.values() for spec in specs):
             raise ValueError(
-                "space.parameters: nothing is searched; give at least one parameter a range, "
+                f"{where}.parameters: nothing is searched; give at least one parameter a range, "
                 "or use 'evomerge merge' for a fixed recipe"
             )
         if self.optimizer.type == "edits":
@@ -301,18 +350,22 @@ class Config(Frozen):
             for name, specs in space.parameters.items():
                 if any(spec.choices is not None for spec in specs):
                     raise ValueError(
-                        f"space.parameters.{name}: choices need optimizer.type catcma, tpe or random; "
+                        f"{where}.parameters.{name}: choices need optimizer.type catcma, tpe or random; "
                         "cma searches numbers"
                     )
 
     @property
     def coefficients(self) -> Space | None:
-        """The space of merge coefficients, if that is what is searched."""
+        """The space of merge coefficients, if they are searched."""
+        if isinstance(self.space, TwoSpaces):
+            return self.space.coefficients
         return self.space if isinstance(self.space, Space) else None
 
     @property
     def layers(self) -> LayerSpace | None:
-        """The space of layer paths, if that is what is searched."""
+        """The space of layer paths, if they are searched."""
+        if isinstance(self.space, TwoSpaces):
+            return self.space.layers
         return self.space if isinstance(self.space, LayerSpace) else None
 
     @property
@@ -325,6 +378,8 @@ class Config(Frozen):
 
     def with_coefficients(self, space: Space) -> Config:
         """Return the config with another space of merge coefficients."""
+        if isinstance(self.space, TwoSpaces):
+            return self.model_copy(update={"space": self.space.model_copy(update={"coefficients": space})})
         return self.model_copy(update={"space": space})
 
     def to_yaml(self) -> str:

@@ -28,9 +28,7 @@ def record_setup(store: Store, setup: Setup, folder: Path) -> None:
             store.add_items(setup.items, blocks)
             for recipe in setup.baselines.values():
                 store.add_recipe(recipe)
-            store.set_meta(
-                sources=sources, splits=splits, dimension=setup.space.dimension, seed=setup.config.seed
-            )
+            store.set_meta(sources=sources, splits=splits, dimension=setup.dimension, seed=setup.config.seed)
             store.event("created", name=setup.config.name)
         return
     for name, digest in store.meta("sources").items():

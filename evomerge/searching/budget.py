@@ -40,12 +40,22 @@ class Allowance:
         generations: the count ceiling, or None.
         hours: the time ceiling, or None. The first generation is always covered.
         spent_seconds: tells the run's time so far, earlier drivers included.
+        first: number of the first generation; the count ceiling counts those before it, too.
+        ended: where the phase is over already, how many generations it had.
     """
 
     def __init__(
-        self, generations: int | None, hours: float | None, spent_seconds: Callable[[], float]
+        self,
+        generations: int | None,
+        hours: float | None,
+        spent_seconds: Callable[[], float],
+        *,
+        first: int = 0,
+        ended: int | None = None,
     ) -> None:
         self.generations = generations
+        self.ended = ended
+        self._first = first
         self._hours = hours
         self._spent = spent_seconds
 
@@ -58,4 +68,4 @@ class Allowance:
         """Whether generation number `generation`, from 0, may start."""
         if self.generations is not None and generation >= self.generations:
             return False
-        return self._hours is None or generation == 0 or self.spent_seconds < self._hours * 3600
+        return self._hours is None or generation == self._first or self.spent_seconds < self._hours * 3600

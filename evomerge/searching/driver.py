@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from evomerge.config import Budget
 from evomerge.errors import EvomergeError, UserError
 from evomerge.evaluation.score_cache import ScoreCache, scores_folder
+from evomerge.layers_config import MERGED
 from evomerge.merging.identity import Identities
-from evomerge.optimizers import make_optimizer
+from evomerge.recipe import Recipe
 from evomerge.searching import selection
 from evomerge.searching.agreement import record_fingerprint, record_setup
-from evomerge.searching.budget import Allowance, affordable
+from evomerge.searching.budget import Allowance
 from evomerge.searching.generations import Generations
+from evomerge.searching.phases import Phase, plan_phases
 from evomerge.searching.plan import selection_items
 from evomerge.searching.preview import write_preview
 from evomerge.searching.progress import Display, State
@@ -28,6 +32,10 @@ from evomerge.workers.executor import Executor
 
 if TYPE_CHECKING:
     from evomerge.searching.setup import Setup
+    from evomerge.spaces import SearchSpace
+
+COEFFICIENTS_ROUND = -1
+"""Number of the selection between two phases; those at the end of a run count from 0."""
 
 
 class Driver:
@@ -58,21 +66,13 @@ class Driver:
         self._store = store
         self._setup = setup
         self._executor = executor
+        self._space = setup.space
         self._yes = yes
-        self._optimizer = make_optimizer(
-            setup.config.optimizer,
-            setup.space.coordinates,
-            seed=setup.config.seed,
-            variation=setup.space.variation,
-        )
-        population, parents = self._optimizer.population, self._optimizer.parents
-        self._generations = affordable(
-            budget,
-            population=population,
-            items_per_generation=setup.items_per_generation(population=population, parents=parents),
-        )
-        self._hours = budget.hours
-        total = None if self._generations is None else self._generations * self._optimizer.population
+        self._ended: int | None = store.meta("first_phase_generations")
+        self._budget = budget
+        self._phases = plan_phases(setup, budget, first=self._ended)
+        counts = [phase.candidates for phase in self._phases]
+        total = None if None in counts else sum(count for count in counts if count is not None)
         self._reporter = Reporter(folder, display, total=total, workers=lambda: executor.workers)
 
     def run(self) -> None:
@@ -118,10 +118,9 @@ class Driver:
             reporter.start_clock(
                 item_evaluations=counts["item_evaluations"], cached=counts["cached_item_evaluations"]
             )
-            generations = Generations(
-                self._folder, self._store, self._setup, self._optimizer, scheduler, reporter
-            )
-            generations.run(Allowance(self._generations, self._hours, spent))
+            generations = self._search(self._phases[0], scheduler, spent)
+            if len(self._phases) == 2:
+                generations = self._search_paths(generations, scheduler, spent)
             self._select(generations, scheduler)
             self._store.set_meta(wall_seconds=spent())
             self._finish(scheduler)
@@ -145,6 +144,105 @@ class Driver:
             )
         self._store.set_meta(previewed=True)
 
+    def _search(self, phase: Phase, scheduler: Scheduler, spent: Callable[[], float]) -> Generations:
+        """Run the generations of the only or the first phase."""
+        later = 0
+        for other in self._phases[1:]:
+            later += (other.generations or 0) * other.price
+        generations = Generations(
+            self._folder,
+            self._store,
+            self._setup,
+            phase.space,
+            phase.optimizer,
+            scheduler,
+            self._reporter,
+            items_later=later,
+        )
+        generations.run(Allowance(phase.generations, phase.hours, spent, ended=self._ended))
+        return generations
+
+    def _search_paths(
+        self, before: Generations, scheduler: Scheduler, spent: Callable[[], float]
+    ) -> Generations:
+        """Put the winner of the first phase into the pool, and run the generations of the second."""
+        setup, first = self._setup, before.count
+        assert setup.paths is not None, "there are two phases"
+        phase = plan_phases(setup, self._budget, first=first)[1]
+        self._reporter.enter(
+            "selecting",
+            "validation of the coefficients",
+            items_after=None if phase.generations is None else phase.generations * phase.price,
+        )
+        name, merged = self._elect(
+            COEFFICIENTS_ROUND,
+            before,
+            phase_space=setup.space,
+            scheduler=scheduler,
+            first_phase_generations=first,
+        )
+        self._reporter.say(
+            f"The winner of the coefficients ({name}) joins the pool of layer paths as '{MERGED}'."
+        )
+        self._setup = replace(setup, baselines={**setup.baselines, MERGED: merged})
+        self._space = setup.paths.with_merged(merged)
+        generations = Generations(
+            self._folder,
+            self._store,
+            self._setup,
+            self._space,
+            phase.optimizer,
+            scheduler,
+            self._reporter,
+            first=first,
+        )
+        count = None if phase.generations is None else first + phase.generations
+        generations.run(Allowance(count, phase.hours, spent, first=first))
+        return generations
+
+    def _elect(
+        self,
+        round_: int,
+        generations: Generations,
+        *,
+        phase_space: SearchSpace,
+        scheduler: Scheduler,
+        **facts: Any,
+    ) -> tuple[str, Recipe]:
+        """Return name and recipe of a round's winner on the validation items.
+
+        Args:
+            round_: its number; what is recorded of it already holds.
+            generations: where the short list comes from.
+            phase_space: what they searched.
+            scheduler: of the run.
+            facts: recorded together with the frozen short list.
+        """
+        validation = self._setup.blocks["validation"]
+        if not self._store.short_list(round_):
+            entries = selection.short_list(
+                baselines=self._setup.baselines,
+                means=generations.means,
+                decode=phase_space.decode,
+                shrunk=generations.shrunk(),
+                recipe_of=generations.recipe_of,
+            )
+            with self._store.transaction():
+                self._store.add_short_list(round_, entries)
+                self._store.set_meta(**facts)
+        short = [(name, self._store.recipe(digest)) for name, digest, _ in self._store.short_list(round_)]
+        scheduler.complete([recipe for _, recipe in short], validation)
+        if self._store.winner(round_) is None:
+            name, recipe = selection.choose(
+                short,
+                self._setup.baselines,
+                lambda recipe: scheduler.table(recipe, validation),
+                self._setup.suite.weights,
+            )
+            self._store.set_winner(round_, recipe.hash, name)
+        digest, name = self._store.winner(round_) or ("", "")
+        return name, self._store.recipe(digest)
+
     def _select(self, generations: Generations, scheduler: Scheduler) -> None:
         """Validate the short list, name the winner, and open the test items for it and the baselines.
 
@@ -157,29 +255,14 @@ class Driver:
             round_ += 1
         cost = selection_items(self._setup)
         reporter.enter("selecting", "validation", items_after=cost["search"] + cost["test"])
-        if not self._store.short_list(round_):
-            entries = selection.short_list(
-                baselines=self._setup.baselines,
-                means=generations.means,
-                decode=self._setup.space.decode,
-                shrunk=generations.shrunk(),
-                recipe_of=generations.recipe_of,
-            )
-            with self._store.transaction():
-                self._store.add_short_list(round_, entries)
-                self._store.set_meta(round=round_, selected_from=told)
-        short = [(name, self._store.recipe(digest)) for name, digest, _ in self._store.short_list(round_)]
-        scheduler.complete([recipe for _, recipe in short], blocks["validation"])
-        if self._store.winner(round_) is None:
-            name, recipe = selection.choose(
-                short,
-                self._setup.baselines,
-                lambda recipe: scheduler.table(recipe, blocks["validation"]),
-                self._setup.suite.weights,
-            )
-            self._store.set_winner(round_, recipe.hash, name)
-        digest, _ = self._store.winner(round_) or ("", "")
-        winner = self._store.recipe(digest)
+        _, winner = self._elect(
+            round_,
+            generations,
+            phase_space=self._space,
+            scheduler=scheduler,
+            round=round_,
+            selected_from=told,
+        )
         reporter.enter("selecting", "winner on all search items", items_after=cost["test"])
         scheduler.complete([winner], blocks["search"])
         openings = self._store.open_test(round_, "final comparison")

@@ -25,6 +25,7 @@ from evomerge.spaces.genotype import Genotype
 
 if TYPE_CHECKING:
     from evomerge.searching.setup import Setup
+    from evomerge.spaces import SearchSpace
 
 
 Outcome = ScoreTable | Screened | str
@@ -34,8 +35,16 @@ Outcome = ScoreTable | Screened | str
 class Generations:
     """Runs generations until the allowance is spent, and remembers what selection needs.
 
+    Args:
+        folder, store, setup, scheduler, reporter: of the run.
+        space: what is searched.
+        optimizer: its optimiser.
+        first: number of the first generation: how many those before had in another phase.
+        items_later: items that are answered between these generations and the run's selection.
+
     Attributes:
         means: the optimiser's mean after each generation, if it has one.
+        count: generations so far, those before `first` included.
     """
 
     def __init__(
@@ -43,14 +52,23 @@ class Generations:
         folder: Path,
         store: Store,
         setup: Setup,
+        space: SearchSpace,
         optimizer: Optimizer,
         scheduler: Scheduler,
         reporter: Reporter,
+        *,
+        first: int = 0,
+        items_later: int = 0,
     ) -> None:
         self._folder = folder
         self._store = store
         self._setup = setup
+        self._space = space
         self._optimizer = optimizer
+        self._first = first
+        self._items_later = items_later
+        self._recipes: dict[int, str] = {}
+        self.count = first
         self._scheduler = scheduler
         self._reporter = reporter
         self._values: dict[int, list[tuple[str, float]]] = {}
@@ -65,17 +83,19 @@ class Generations:
         Raises:
             UserError: the replay does not reproduce what is recorded.
         """
-        generation = 0
         while True:
+            generation = self.count
             recorded = self._store.generation_blocks(generation) is not None
             if not recorded and not allowance.covers(generation):
                 return
-            asked = self._optimizer.ask(generation)
+            if recorded and allowance.ended is not None and generation >= allowance.ended:
+                return
+            asked = self._optimizer.ask(generation - self._first)
             if not recorded:
                 self._add(generation, asked)
             check_replay(self._store, generation, asked, self._folder)
             self._complete(generation, allowance)
-            generation += 1
+            self.count += 1
 
     def shrunk(self) -> Mapping[int, float]:
         """Return candidate id → shrunk mean score of everything scored so far."""
@@ -83,8 +103,7 @@ class Generations:
 
     def recipe_of(self, candidate: int) -> Recipe:
         """Return a candidate's recipe."""
-        generation, position = divmod(candidate, self._optimizer.population)
-        return self._store.recipe(self._store.candidates(generation)[position].recipe)
+        return self._store.recipe(self._recipes[candidate])
 
     def _add(self, generation: int, asked: Sequence[Genotype]) -> None:
         blocks = draw_blocks(
@@ -93,11 +112,12 @@ class Generations:
             generation=generation,
             seed=self._setup.config.seed,
         )
-        candidates = [(tuple(genotype), self._setup.space.decode(genotype)) for genotype in asked]
+        candidates = [(tuple(genotype), self._space.decode(genotype)) for genotype in asked]
         self._store.add_generation(generation, blocks, candidates)
 
     def _complete(self, generation: int, allowance: Allowance) -> None:
         rows = self._store.candidates(generation)
+        self._recipes |= {row.id: row.recipe for row in rows}
         recipes = [self._store.recipe(row.recipe) for row in rows]
         blocks = self._blocks_of(generation)
         replayed = self._store.is_told(generation)
@@ -108,7 +128,7 @@ class Generations:
         if not replayed:
             self._record(generation, told, allowance.spent_seconds)
         self._optimizer.tell(
-            generation,
+            generation - self._first,
             [
                 Told(row.genotype, row.rank or 0.0, row.fitness, _screened(outcome))
                 for row, outcome in zip(told, outcomes, strict=True)
@@ -121,7 +141,7 @@ class Generations:
             if isinstance(outcome, dict):
                 self._values[row.id] = [(s.item, s.value) for task in outcome.values() for s in task.values()]
         if replayed:
-            self._reporter.show(candidates=(generation + 1) * self._optimizer.population)
+            self._reporter.show(candidates=told[-1].id + 1)
         else:
             self._report(generation, told)
 
@@ -162,7 +182,7 @@ class Generations:
             None if isinstance(look, str) else fitness_of(look, {task: weights[task] for task in look})
             for look in looks
         ]
-        costs = [self._setup.space.penalty(recipe) for recipe in recipes]
+        costs = [self._space.penalty(recipe) for recipe in recipes]
         chosen = come_through(less(scores, costs), [recipe.hash for recipe in recipes], through)
         full = iter(tables(list(compress(recipes, chosen)), blocks))
         return [
@@ -175,7 +195,7 @@ class Generations:
         fitness = [
             fitness_of(outcome, weights) if isinstance(outcome, dict) else None for outcome in outcomes
         ]
-        costs = [self._setup.space.penalty(self._store.recipe(row.recipe)) for row in rows]
+        costs = [self._space.penalty(self._store.recipe(row.recipe)) for row in rows]
         ranks = rank(less(fitness, costs), less([_screened(outcome) for outcome in outcomes], costs))
         return [
             CandidateRow(
@@ -200,7 +220,8 @@ class Generations:
             population=self._optimizer.population, parents=self._optimizer.parents
         )
         selection = sum(selection_items(self._setup).values())
-        return then + (allowance.generations - generation - 1) * price + selection
+        later = self._items_later + selection
+        return then + (allowance.generations - generation - 1) * price + later
 
     def _record(self, generation: int, told: Sequence[CandidateRow], spent_seconds: float) -> None:
         with self._store.transaction():
@@ -217,7 +238,7 @@ class Generations:
         estimates = self.shrunk()
         incumbent = max(estimates, key=lambda i: (estimates[i], -i)) if estimates else None
         self._reporter.show(
-            candidates=(generation + 1) * self._optimizer.population,
+            candidates=told[-1].id + 1,
             failed=self._store.counts()["failed"],
             median=scored[len(scored) // 2] if scored else None,
             best=scored[-1] if scored else None,

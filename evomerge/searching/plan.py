@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from evomerge.evaluation.items import SPLITS, Split
 from evomerge.evaluation.statistics import minimum_detectable_effect
-from evomerge.optimizers import make_optimizer
-from evomerge.searching.budget import affordable
 from evomerge.searching.memory import Memory, check_fits, plan_memory
+from evomerge.searching.phases import plan_phases
 from evomerge.searching.selection import ARCHIVE, SNAPSHOTS
 from evomerge.searching.setup import Setup
 
@@ -26,6 +25,20 @@ SHOWN_TASKS = 24
 
 
 @dataclass(frozen=True)
+class PathPhase:
+    """Dimension, population, generations and candidates of layer paths after coefficients."""
+
+    dimension: int
+    population: int
+    generations: int | None
+    candidates: int | None
+
+    def __str__(self) -> str:
+        counted = "" if self.generations is None else f" x {self.generations} generations = {self.candidates}"
+        return f"{self.population} a generation{counted}, {self.dimension} searched numbers"
+
+
+@dataclass(frozen=True)
 class Plan:
     """The size of a search.
 
@@ -35,6 +48,7 @@ class Plan:
         population: candidates of a generation.
         generations: how many the budget pays for; None if only time limits it.
         candidates: the same in candidates.
+        paths: the same of layer paths where they come second; the above is then the coefficients'.
         items: items of each split, by task and in all.
         items_per_candidate: search items that each candidate answers.
         tasks: name → what is measured of it, and its share of the fitness.
@@ -52,6 +66,7 @@ class Plan:
     population: int
     generations: int | None
     candidates: int | None
+    paths: PathPhase | None
     items: Mapping[str, Mapping[str, int]]
     items_per_candidate: int
     tasks: Mapping[str, tuple[str, float]]
@@ -73,6 +88,8 @@ class Plan:
             f"{self.name}: {self.dimension} searched numbers ({shown})",
             f"  candidates  {self.population} a generation{counted}, {self.items_per_candidate} items each{cost}",
         ]
+        if self.paths is not None:
+            lines.append(f"  then paths  {self.paths}")
         if self.screened is not None:
             lines.append(f"  screen      {self.screened} of {self.population} answer more than the screen")
         lines += _task_lines(self.tasks)
@@ -109,16 +126,11 @@ def plan_search(setup: Setup, budget: Budget, *, measured: tuple[float, float] |
     Raises:
         UserError: the budget does not pay for a generation, or the models cannot fit into the memory.
     """
-    optimizer = make_optimizer(
-        setup.config.optimizer,
-        setup.space.coordinates,
-        seed=setup.config.seed,
-        variation=setup.space.variation,
-    )
+    phases = plan_phases(setup, budget)
+    optimizer, generations = phases[0].optimizer, phases[0].generations
     population = optimizer.population
-    price = setup.items_per_generation(population=population, parents=optimizer.parents)
     through = setup.screened(population=population, parents=optimizer.parents)
-    generations = affordable(budget, population=population, items_per_generation=price)
+    prices = [None if phase.generations is None else phase.generations * phase.price for phase in phases]
     weights = setup.suite.weights
     items: dict[str, dict[str, int]] = {}
     for split in SPLITS:
@@ -126,7 +138,7 @@ def plan_search(setup: Setup, budget: Budget, *, measured: tuple[float, float] |
         for item in setup.suite.items(split):
             counts[item.task] += 1
         items[split] = {**counts, "all": sum(counts.values())}
-    candidates = None if generations is None else generations * population
+    candidates = phases[0].candidates
     per_candidate = setup.items_per_candidate
     final = sum(selection_items(setup).values())
     memory = plan_memory(setup, measured=measured)
@@ -138,11 +150,19 @@ def plan_search(setup: Setup, budget: Budget, *, measured: tuple[float, float] |
         population=population,
         generations=generations,
         candidates=candidates,
+        paths=None
+        if len(phases) == 1
+        else PathPhase(
+            phases[1].space.dimension,
+            phases[1].optimizer.population,
+            phases[1].generations,
+            phases[1].candidates,
+        ),
         items=items,
         items_per_candidate=per_candidate,
         tasks={task.name: (task.metric, task.weight / sum(weights.values())) for task in setup.suite.tasks},
         screened=None if through == population else through,
-        item_evaluations=None if generations is None else generations * price + final,
+        item_evaluations=None if None in prices else sum(p for p in prices if p is not None) + final,
         minimum_detectable_effect={
             split: minimum_detectable_effect({t: n for t, n in counts.items() if t != "all"}, weights)
             for split, counts in items.items()
@@ -153,12 +173,15 @@ def plan_search(setup: Setup, budget: Budget, *, measured: tuple[float, float] |
 
 
 def selection_items(setup: Setup) -> dict[Split, int]:
-    """Return the items that selection answers at most, in the order of its steps."""
+    """Return the items that selection answers at most, in the order of its steps; that of the first phase included."""
     sizes = {split: len(setup.suite.items(split)) for split in SPLITS}
+    found = 1 + len(SNAPSHOTS) + ARCHIVE
+    between = 0 if setup.paths is None else found
+    baselines = len(setup.baselines)
     return {
-        "validation": sizes["validation"] * (len(setup.baselines) + 1 + len(SNAPSHOTS) + ARCHIVE),
+        "validation": sizes["validation"] * (baselines + found + between),
         "search": sizes["search"],
-        "test": sizes["test"] * (len(setup.baselines) + 1),
+        "test": sizes["test"] * (baselines + 1 + (setup.paths is not None)),
     }
 
 
@@ -166,7 +189,7 @@ def _warnings(setup: Setup, candidates: int | None) -> list[str]:
     dimension = setup.space.dimension
     wanted = CANDIDATES_PER_DIMENSION * dimension
     # Most numbers of a path's genome mean nothing in most genotypes.
-    if candidates is None or candidates >= wanted or setup.config.layers is not None:
+    if candidates is None or candidates >= wanted or setup.config.coefficients is None:
         return []
     return [
         f"{candidates} candidates for {dimension} searched numbers: give at least {wanted}, or search fewer "

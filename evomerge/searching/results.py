@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from evomerge import __version__
 from evomerge.evaluation.items import Block, ItemScore, truncated_share
 from evomerge.evaluation.statistics import Score, compare_all, minimum_detectable_effect, score
+from evomerge.layers_config import MERGED
 from evomerge.recipe import Recipe
 from evomerge.searching.ranking import values_of
 from evomerge.searching.rundir import RESULTS, write_json
@@ -54,6 +55,8 @@ def build_results(store: Store, setup: Setup, scheduler: Scheduler) -> dict[str,
         return score_dict(score(values_of(table, raw=raw), weights, seed=seed), table)
 
     baselines: dict[str, Any] = {"base": None, "initial": None, "uniform": None, "experts": {}}
+    if setup.paths is not None:
+        baselines[MERGED] = None
     for baseline, recipe in setup.baselines.items():
         entry = {split: reported(recipe, split) for split in ("validation", "test")}
         if baseline in baselines:
@@ -99,7 +102,7 @@ def build_results(store: Store, setup: Setup, scheduler: Scheduler) -> dict[str,
         "candidates": counts["candidates"],
         "failed_candidates": counts["failed"],
         "screened_candidates": counts["screened"],
-        "dimension": setup.space.dimension,
+        "dimension": setup.dimension,
         "item_evaluations": counts["item_evaluations"],
         "cached_item_evaluations": counts["cached_item_evaluations"],
         "full_item_evaluations": len(candidates) * search_items,
@@ -172,8 +175,9 @@ def verdict(results: Mapping[str, Any]) -> str:
     if scored:
         best = max(scored, key=lambda name: scored[name])
         parts.append(_against(results, best, f"the best parent ({best})"))
-    if "uniform" in results["comparisons"]:
-        parts.append(_against(results, "uniform", "the uniform average"))
+    for name, words in (("uniform", "the uniform average"), (MERGED, "the winner of the coefficients")):
+        if name in results["comparisons"]:
+            parts.append(_against(results, name, words))
     low, high = test["ci95"]
     return (
         f"On {test['n']} test items that the search never saw, the winner ({winner['name']}) scores "
@@ -209,7 +213,7 @@ def summary(results: Mapping[str, Any]) -> str:
     """Return the results as a table of everybody on test, and the verdict."""
     entries = {"winner": results["winner"], "base": results["baselines"]["base"]}
     entries.update(results["baselines"]["experts"])
-    entries.update({name: results["baselines"][name] for name in ("uniform", "initial")})
+    entries.update({name: results["baselines"].get(name) for name in ("uniform", "initial", MERGED)})
     lines = [
         "",
         f"{'':<14} {'validation':>10} {'test':>7}  {'95 % interval':<16} winner − it [simultaneous 95 %]",

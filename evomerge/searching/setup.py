@@ -37,6 +37,8 @@ class Setup:
         checkpoints: base and experts by name, the base first.
         sources: base and experts by name, pinned to their content.
         space: genotype ↔ recipe.
+        paths: the space of layer paths that is searched second, `initial` standing in for the winner of the first
+            search; None if there is one search.
         suite: the built tasks.
         blocks: each split's blocks; validation and test are the same for every seed. Those of the screen, if there
             is one, have the indices of the search blocks that they stand for.
@@ -49,11 +51,17 @@ class Setup:
     checkpoints: Mapping[str, Checkpoint]
     sources: Mapping[str, Source]
     space: SearchSpace
+    paths: PathSpace | None
     suite: Suite
     blocks: Mapping[Split, tuple[Block, ...]]
     blocks_per_generation: int
     baselines: Mapping[str, Recipe]
     warnings: tuple[str, ...] = field(default=())
+
+    @property
+    def dimension(self) -> int:
+        """Number of searched coordinates, of both searches if there are two."""
+        return self.space.dimension + (0 if self.paths is None else self.paths.dimension)
 
     @property
     def items(self) -> list[Item]:
@@ -335,7 +343,8 @@ def check_paths(
         try:
             plan_merge(space.probe(scale=scale), checkpoints)
         except UserError as error:
-            raise UserError(f"{at(file, f'space.{key}')}{error.problem}") from None
+            where = "space" if config.coefficients is None else "space.layers"
+            raise UserError(f"{at(file, f'{where}.{key}')}{error.problem}") from None
 
 
 def set_up(
@@ -382,9 +391,13 @@ def set_up(
     if weights:
         warnings += _same_content(sources)
     space = space_for(without_tasks(config), num_layers=base.num_layers, sources=sources, file=file)
-    if isinstance(space, PathSpace):
-        check_paths(config, space, checkpoints, file=file)
     initial = space.decode(space.initial)
+    paths = None
+    if config.layers is not None and config.coefficients is not None:
+        paths = PathSpace(config, num_layers=base.num_layers, sources=sources, merged=initial, file=file)
+    for found in (space, paths):
+        if isinstance(found, PathSpace):
+            check_paths(config, found, checkpoints, file=file)
     warnings += tuple(output_vocabulary(initial, checkpoints).warnings)
     tokenizer = output_tokenizer(initial, checkpoints)
     config = decide_chat_template(config, checkpoints, tokenizer, file)
@@ -422,6 +435,7 @@ def set_up(
         checkpoints=checkpoints,
         sources=sources,
         space=space,
+        paths=paths,
         suite=suite,
         blocks=blocks,
         blocks_per_generation=per_generation,

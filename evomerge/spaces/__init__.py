@@ -31,10 +31,10 @@ __all__ = [
 def space_for(
     config: Config, num_layers: int, sources: Mapping[str, Source], *, file: Path | str | None = None
 ) -> SearchSpace:
-    """Return the search space that a config describes.
+    """Return the search space that a config describes, the first if there are two.
 
     Args and errors are those of `CoefficientSpace` and `PathSpace`.
     """
-    if config.layers is not None:
+    if config.coefficients is None:
         return PathSpace(config, num_layers=num_layers, sources=sources, file=file)
     return CoefficientSpace(config, num_layers=num_layers, sources=sources, file=file)

@@ -56,19 +56,20 @@ class PathSpace:
         assert config.layers is not None, "the config searches layer paths"
         self._config = config
         self._space = config.layers
+        self._where = "space" if config.coefficients is None else "space.layers"
         self._sources = sources
         self._layers = num_layers
         self._merged = merged
         if num_layers < SMALLEST_DEPTH:
             raise UserError(
-                f"{at(file, 'space.pool')}the models have {num_layers} layers; a search over layer paths needs "
-                f"{SMALLEST_DEPTH} or more, since the first and the last one stay"
+                f"{at(file, f'{self._where}.pool')}the models have {num_layers} layers; a search over layer paths "
+                f"needs {SMALLEST_DEPTH} or more, since the first and the last one stay"
             )
         genome = Edits if self._space.genome == "edits" else Indicators
         try:
             self._genome: Edits | Indicators = genome(self._space, num_layers)
         except ValueError as error:
-            raise UserError(f"{at(file)}space.{error}") from None
+            raise UserError(f"{at(file)}{self._where}.{error}") from None
         self.coordinates = tuple(self._genome.coordinates)
         self.initial = self._genome.initial
         self.variation: Variation | None = self._genome
@@ -89,6 +90,10 @@ class PathSpace:
         for coordinate, number in zip(self.coordinates, genotype, strict=True):
             to_value(coordinate, number)
         return self._recipe(self._genome.steps(genotype))
+
+    def with_merged(self, merged: Recipe) -> PathSpace:
+        """Return the space with what the pool's name ``merged`` stands for."""
+        return PathSpace(self._config, num_layers=self._layers, sources=self._sources, merged=merged)
 
     def probe(self, *, scale: float = 1.0) -> Recipe:
         """Return a recipe with every layer of every model of the pool, to see whether they can share a path.

@@ -16,6 +16,8 @@ import evomerge
 from evomerge.config import load_config
 from evomerge.errors import UserError
 from evomerge.merging import merge, paths
+from evomerge.searching.phases import plan_phases
+from evomerge.searching.results import verdict
 from evomerge.searching.setup import set_up
 from evomerge.searching.store import Store
 from tests.merging.helpers import error
@@ -107,6 +109,96 @@ def test_a_killed_search_over_paths_resumes_to_the_same_tables(
         assert os.WTERMSIG(status) == signal.SIGKILL
     assert os.WEXITSTATUS(in_child(lambda: evomerge.search(config, run=folder, continue_=True))) == 0
     assert canonical(folder) == canonical(undisturbed.path)
+
+
+TWO = {
+    "type": "coefficients+layers",
+    "coefficients": {
+        "method": "task_arithmetic",
+        "parameters": {
+            "weight": {"range": [-0.5, 1.5], "initial": 0.4, "per": "expert", "depth": {"smooth": 2}}
+        },
+    },
+    "layers": {"pool": ["a"], "scale": {"range": [0.5, 2.0]}},
+}
+
+
+def two_phases(folder: Path, family: dict[str, Path], tasks: Path, **changes: Any) -> Path:
+    settings: dict[str, Any] = {
+        "space": TWO,
+        "optimizer": {"population": 4, "layers": {"population": 6}},
+        "budget": {"candidates": 20},
+        "cache": {"scores": False},
+        **changes,
+    }
+    return make_config(folder, family, tasks, **settings)
+
+
+def test_coefficients_come_first_and_their_winner_joins_the_pool(
+    family: dict[str, Path], tasks: Path, tmp_path: Path
+) -> None:
+    config = two_phases(tmp_path, family, tasks)
+    run = evomerge.search(config, run=tmp_path / "run")
+    rows = run.candidate_rows()
+    assert [row.generation for row in rows] == [0] * 4 + [1] * 4 + [2] * 6 + [3] * 6
+    recipes = [run.candidate(row.id) for row in rows]
+    assert all(recipe.path is None for recipe in recipes[:8])
+    merged = recipes[8]
+    paths = [recipe.path for recipe in recipes[9:] if recipe.path is not None]
+    assert merged.path is None
+    assert paths
+    assert all(path[0].merge == path[-1].merge == "merged" for path in paths)
+    assert {hop.model for path in paths for hop in path} == {None, "a"}
+    for recipe in recipes[9:]:
+        assert recipe.path is None or recipe.merges["merged"] == merged.main
+    with run._store() as store:
+        assert store.winner(-1)[0] == merged.hash
+        assert store.meta("first_phase_generations") == 2
+    results = run.results
+    assert set(results["baselines"]) >= {"base", "uniform", "initial", "merged", "experts"}
+    assert "merged" in results["comparisons"]
+    assert results["dimension"] == 6 + 42
+    assert "the winner of the coefficients" in verdict(results)
+
+    again = evomerge.resume(run.path, budget={"candidates": 26})
+    assert len(again.candidate_rows()) == 26
+    assert again.candidate_rows()[:20] == rows
+    assert again.results["test_openings"] == 2
+
+
+def test_two_phases_killed_at_any_place_resume_to_the_same_tables(
+    family: dict[str, Path], tasks: Path, tmp_path: Path
+) -> None:
+    config = two_phases(tmp_path, family, tasks)
+    undisturbed = evomerge.search(config, run=tmp_path / "undisturbed")
+    with undisturbed._store() as store:
+        _, rows = store.query("SELECT COUNT(*) FROM results")
+    folder = tmp_path / "killed"
+    left = int(rows[0][0])
+    # In the first phase, on its validation items, in the second phase, in the final selection.
+    for results_until_killed in (9, 9, 9, left - 27 - 3):
+        status = in_child(lambda count=results_until_killed: search_killed_after(count, config, folder))
+        assert os.WTERMSIG(status) == signal.SIGKILL
+    assert os.WEXITSTATUS(in_child(lambda: evomerge.search(config, run=folder, continue_=True))) == 0
+    assert canonical(folder) == canonical(undisturbed.path)
+
+
+def test_the_share_of_each_phase_is_planned_and_one_too_small_is_refused(
+    family: dict[str, Path], tasks: Path, tmp_path: Path
+) -> None:
+    def phases(**budget: Any) -> list[int | None]:
+        config = two_phases(tmp_path, family, tasks, budget=budget)
+        setup = set_up(load_config(config), file=config, weights=False)
+        return [phase.candidates for phase in plan_phases(setup, setup.config.budget)]
+
+    assert phases(candidates=24) == [12, 12]
+    assert phases(candidates=60, layers=0.7) == [16, 42]
+    assert phases(item_evaluations=16 * 30, layers=0.2) == [24, 6]
+    assert phases(hours=1) == [None, None]
+    with pytest.raises(UserError, match=r"share of the budget that coefficients get pays for no generation"):
+        phases(candidates=6)
+    with pytest.raises(UserError, match=r"share of the budget that layer paths get pays for no generation"):
+        phases(candidates=12, layers=0.1)
 
 
 def test_ranks_count_the_length_and_fitness_does_not(

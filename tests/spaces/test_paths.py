@@ -255,7 +255,10 @@ def test_a_path_is_shown_as_runs_of_layers() -> None:
         ({"min_layers": 5, "max_layers": 4}, "space.min_layers: 5 is more than max_layers, 4"),
         ({"genome": "bits"}, "space.genome: 'bits' is not accepted: give edits or indicators"),
         ({"start": "paper"}, "space.start: paper is how indicators start"),
-        ({"type": "layer"}, "space.type: 'layer' is not accepted: give coefficients or layers"),
+        (
+            {"type": "layer"},
+            "space.type: 'layer' is not accepted: give coefficients or layers or coefficients+layers",
+        ),
     ],
 )
 def test_mistakes_are_told_with_their_key(space: dict[str, Any], message: str) -> None:
@@ -287,7 +290,94 @@ def test_the_optimizer_follows_the_genome_and_a_chosen_one_stands() -> None:
         "type": "catcma",
         "sigma": 0.2,
         "population": 8,
+        "layers": None,
     }
+
+
+COEFFICIENTS = {"method": "linear", "parameters": {"weight": {"range": [0, 1]}}}
+
+
+def two_spaces(*, changes: dict[str, Any] | None = None, **layers: Any) -> Config:
+    data = {
+        "version": 1,
+        "models": {"base": "/zoo/base", "experts": {name: f"/zoo/{name}" for name in "abc"}},
+        "space": {"type": "coefficients+layers", "coefficients": COEFFICIENTS, "layers": layers},
+        "budget": {"candidates": 100},
+        "suite": {"tasks": ["add"]},
+        **(changes or {}),
+    }
+    return parse_config(data, Path("config.yaml"))
+
+
+def test_the_winner_of_the_coefficients_comes_first_in_a_pool_that_does_not_name_it() -> None:
+    config = two_spaces(pool=["b"])
+    assert config.layers is not None
+    assert config.layers.pool == ("merged", "b")
+    assert (config.optimizer.type, config.optimizer.layers and config.optimizer.layers.type) == (
+        "cma",
+        "edits",
+    )
+    assert config.form.tokenizer == "base"
+    assert parse_config(config.model_dump(by_alias=True, exclude_none=True), Path("c.yaml")) == config
+    named = two_spaces(pool=["b", "merged"], genome="indicators")
+    assert named.layers is not None
+    assert named.layers.pool == ("b", "merged")
+    assert named.optimizer.layers is not None
+    assert named.optimizer.layers.type == "catcma"
+    assert named.form.tokenizer == "b"
+
+
+def test_a_path_through_a_merge_names_it_and_the_whole_merge_is_itself() -> None:
+    config = two_spaces(pool=["merged", "b"])
+    sources = make_sources(config)
+    coefficients = space_for(config, 6, sources)
+    merged = coefficients.decode((0.25,) * coefficients.dimension)
+    space = PathSpace(config, num_layers=6, sources=sources).with_merged(merged)
+    assert space.decode(space.initial) == merged
+    path = space.probe(scale=2.0).path or ()
+    assert [(hop.merge, hop.model) for hop in path] == [("merged", None)] * 6 + [(None, "b")] * 6 + [
+        ("merged", None)
+    ]
+    assert path[-1].scale == 2.0
+    assert space.probe().merges == merged.merges
+
+
+@pytest.mark.parametrize(
+    ("changes", "layers", "message"),
+    [
+        ({}, {"pool": ["x"]}, "space.layers.pool: no model is called 'x'"),
+        ({}, {"pool": ["a"], "genom": 1}, "space.layers: unknown key 'genom' (did you mean 'genome'?)"),
+        (
+            {"optimizer": {"layers": {"type": "tpe"}}},
+            {"pool": ["a"]},
+            "optimizer.layers.type: tpe is not accepted",
+        ),
+        (
+            {"optimizer": {"layers": {"type": "cma"}}},
+            {"pool": ["a"]},
+            "optimizer.layers.type: cma searches paths",
+        ),
+        ({"optimizer": {"type": "edits"}}, {"pool": ["a"]}, "optimizer.type: edits changes layer paths"),
+        (
+            {"budget": {"candidates": 9, "layers": 1}},
+            {"pool": ["a"]},
+            "budget.layers: 1 is not accepted: give",
+        ),
+    ],
+)
+def test_mistakes_in_two_spaces_are_told_with_their_key(
+    changes: dict[str, Any], layers: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        two_spaces(changes=changes, **layers)
+    assert f"config.yaml: {message}" in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["budget.layers=0.3", "optimizer.layers={type: edits}"])
+def test_what_belongs_to_two_phases_is_refused_in_one(key: str) -> None:
+    data = make_config().model_dump(by_alias=True, exclude_none=True)
+    with pytest.raises(UserError, match=r"layers: needs space\.type coefficients\+layers"):
+        parse_config(data, Path("config.yaml"), [key])
 
 
 @pytest.mark.parametrize(
