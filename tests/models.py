@@ -131,20 +131,21 @@ def make_model(
     wrapper = WRAPPERS.get(kind)
     config_class, model_class, own = _architecture(wrapper[2] if wrapper else kind)
     generator = torch.Generator().manual_seed(seed)
-    settings: Any = dict(
-        vocab_size=VOCAB,
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=tied,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-        **{**own, **config},
-    )
+    settings: Any = {
+        "vocab_size": VOCAB,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": tied,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 2,
+        **own,
+        **config,
+    }
     if wrapper is None:
         settings = config_class(**settings)
     else:

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from evomerge.errors import CandidateFailed
 from evomerge.merging import Materializer, merge, open_parents
+from evomerge.merging.paths import FOLDABLE_TYPES
 from tests.merging.helpers import make_recipe, read, rewrite
 from tests.merging.hops import greedy
 from tests.models import ARCHITECTURES, VOCAB, make_model
@@ -24,9 +25,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gemma3_text": WINDOWS,
     "gemma3": WINDOWS,
     "qwen3_moe": {"mlp_only_layers": [1], "decoder_sparse_step": 2},
+    "smollm3": {"no_rope_layers": [1, 0, 1, 0]},
+    "cohere2": {"sliding_window": 4, **WINDOWS},
+    "exaone4": {"sliding_window": 4, **WINDOWS},
 }
 MEAN = {"method": "linear", "inputs": ["a", "b"], "parameters": {"weight": {"a": 0.3, "b": [0.5, 0.9]}}}
-KINDS = [*ARCHITECTURES, "gemma3"]
+KINDS = [*ARCHITECTURES, "gemma3", "smollm3", "cohere2", "exaone4"]
 
 
 def to_path(hops) -> list[dict[str, Any]]:
@@ -62,6 +66,8 @@ def test_every_candidate_is_what_its_export_is(family, tmp_path):
     kind, models = family
     materializer, seen = None, set()
     for number, hops in enumerate(CANDIDATES):
+        if kind not in FOLDABLE_TYPES | {"gemma3"}:
+            hops = [(name, layer, 1) for name, layer, _ in hops]
         recipe = path_recipe(models, hops)
         if materializer is None:
             materializer = Materializer(open_parents(recipe))
@@ -204,6 +210,26 @@ def test_thresholds_of_the_whole_model_follow_the_path(tmp_path):
         live = materializer.materialize(recipe).state_dict()
         expected = read(merge(recipe, tmp_path / str(layers)))
         assert all(torch.equal(live[name], tensor) for name, tensor in expected.items())
+
+
+def test_leading_dense_layers_and_buffers_that_are_weights_follow_the_path(tmp_path):
+    sizes = dict.fromkeys(
+        ("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 8
+    )
+    mixture = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}
+    options = {"first_k_dense_replace": 1, "moe_intermediate_size": 24, "num_key_value_heads": 4}
+    folder = make_model(tmp_path / "a", 1, kind="deepseek_v3", tokenizer=False, **sizes, **mixture, **options)
+    materializer, seen = None, set()
+    for number, layers in enumerate(([0, 1, 1, 3], [0, 3], [0, 0, 2, 1, 2, 3])):
+        recipe = path_recipe({"a": folder}, [("a", layer, 1) for layer in layers])
+        materializer = materializer or Materializer(open_parents(recipe))
+        live = materializer.materialize(recipe)
+        seen.add(live)
+        stock = AutoModelForCausalLM.from_pretrained(merge(recipe, tmp_path / str(number))).eval()
+        assert "model.layers.2.mlp.gate.e_score_correction_bias" in stock.state_dict() or len(layers) < 3
+        with torch.no_grad():
+            assert torch.equal(live(IDS).logits, stock(IDS).logits)
+    assert len(seen) == 1
 
 
 def test_models_whose_layers_depend_on_their_index_are_held_one_by_one(tmp_path):
