@@ -53,6 +53,8 @@ class LayerSpace(Frozen):
             or, with indicators, have every other layer of the layout switched on at random (``paper``).
         length_penalty: subtracted from the fitness that candidates are ranked by, for each layer more than the
             first model has, and added for each layer fewer.
+        stop_early: whether a candidate that answers the first block of its generation clearly worse than the first
+            model is asked no further.
     """
 
     type: Literal["layers"] = "layers"
@@ -65,6 +67,7 @@ class LayerSpace(Frozen):
     max_edits: Positive = 6
     start: Literal["sparse", "paper"] = "sparse"
     length_penalty: Annotated[Number, Field(ge=0)] = 0.0
+    stop_early: bool = True
 
     @field_validator("scale", mode="before")
     @classmethod

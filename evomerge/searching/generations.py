@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import compress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from evomerge.evaluation.items import Block
 from evomerge.optimizers import Optimizer, Told
@@ -14,6 +14,7 @@ from evomerge.recipe import Recipe
 from evomerge.searching.agreement import check_replay, not_reproduced
 from evomerge.searching.budget import Allowance
 from evomerge.searching.draws import draw_blocks
+from evomerge.searching.futility import hopeless
 from evomerge.searching.plan import selection_items
 from evomerge.searching.ranking import ScoreTable, fitness_of, less, rank, shrunk
 from evomerge.searching.reporter import Reporter
@@ -30,6 +31,14 @@ if TYPE_CHECKING:
 
 Outcome = ScoreTable | Screened | str
 """How a candidate fared: what it scored, that it did not come through the screen, or why it failed."""
+
+
+class Tables(Protocol):
+    """Scores recipes on blocks and returns what is known of each: its scores, or the reason why there are none."""
+
+    def __call__(
+        self, recipes: Sequence[Recipe], blocks: Sequence[Block], phase: str = "", then: int = 0
+    ) -> list[ScoreTable | str]: ...
 
 
 class Generations:
@@ -174,7 +183,7 @@ class Generations:
         wanted = {block.index for block in blocks}
         screen = [block for block in self._setup.blocks.get("screen", ()) if block.index in wanted]
         if through == len(recipes) or not screen:
-            return [*tables(recipes, blocks)]
+            return self._asked_while_hopeful(tables, recipes, blocks)
         full_price = through * sum(len(block.items) for block in blocks)
         looks = tables(recipes, screen, ", screen", full_price)
         weights = self._setup.suite.screen_weights
@@ -188,6 +197,31 @@ class Generations:
         return [
             next(full) if through_screen else look if score is None else Screened(score)
             for look, score, through_screen in zip(looks, scores, chosen, strict=True)
+        ]
+
+    def _asked_while_hopeful(
+        self, tables: Tables, recipes: Sequence[Recipe], blocks: Sequence[Block]
+    ) -> list[Outcome]:
+        """Ask all candidates the first block, and the others those that are not clearly below the space's anchor."""
+        anchor = self._space.anchor
+        if anchor is None or len(blocks) == 1:
+            return [*tables(recipes, blocks)]
+        rest = len(recipes) * sum(len(block.items) for block in blocks[1:])
+        standard, *looks = tables([anchor, *recipes], blocks[:1], ", first block", rest)
+        weights = self._setup.suite.weights
+        stopped = [
+            isinstance(look, dict) and isinstance(standard, dict) and hopeless(look, standard, weights)
+            for look in looks
+        ]
+        goes_on = [isinstance(look, dict) and not stop for look, stop in zip(looks, stopped, strict=True)]
+        full = iter(tables(list(compress(recipes, goes_on)), blocks))
+        return [
+            next(full)
+            if on
+            else Screened(fitness_of(look, {task: weights[task] for task in look}))
+            if isinstance(look, dict)
+            else look
+            for look, on in zip(looks, goes_on, strict=True)
         ]
 
     def _ranked(self, rows: Sequence[CandidateRow], outcomes: Sequence[Outcome]) -> list[CandidateRow]:

@@ -62,10 +62,11 @@ class CoefficientSpace:
         coordinates: the searched numbers, by parameter in the method's order, then by entry,
             expert, role and depth.
         initial: the genotype where the search starts.
-        variation: none; coefficients vary number by number.
+        variation, anchor: none; coefficients vary number by number, and few of their merges are broken.
     """
 
     variation: Variation | None = None
+    anchor: Recipe | None = None
 
     def __init__(
         self,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from evomerge.config import Config
 from evomerge.errors import UserError, at
+from evomerge.layers_config import MERGED
 from evomerge.recipe import Hop, Merge, Recipe, Source
 from evomerge.spaces.baselines import recipe_models, whole_model
 from evomerge.spaces.describe import describe_recipe
@@ -30,6 +31,7 @@ class PathSpace:
     Attributes:
         coordinates, initial: as the genome lays them out (`Edits`, `Indicators`).
         variation: the genome's.
+        anchor: the recipe of the pool's first model, with `stop_early`.
     """
 
     def __init__(
@@ -73,6 +75,8 @@ class PathSpace:
         self.coordinates = tuple(self._genome.coordinates)
         self.initial = self._genome.initial
         self.variation: Variation | None = self._genome
+        stands = self._space.pool[0] != MERGED or merged is not None
+        self.anchor: Recipe | None = self._first() if self._space.stop_early and stands else None
 
     @property
     def dimension(self) -> int:

@@ -14,12 +14,15 @@ class SearchSpace(Protocol):
     Attributes:
         coordinates: the searched numbers.
         initial: the genotype where the search starts.
+        anchor: a recipe that is known to work; what is clearly worse on the first items is asked no further. None:
+            everybody is asked everything.
         variation: how genotypes are changed whose numbers mean something together only; None: number by number.
     """
 
     coordinates: tuple[Coordinate, ...]
     initial: Genotype
     variation: Variation | None
+    anchor: Recipe | None
 
     @property
     def dimension(self) -> int:

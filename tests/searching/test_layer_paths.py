@@ -16,7 +16,9 @@ import evomerge
 from evomerge.config import load_config
 from evomerge.errors import UserError
 from evomerge.merging import merge, paths
+from evomerge.searching import generations
 from evomerge.searching.phases import plan_phases
+from evomerge.searching.ranking import fitness_of
 from evomerge.searching.results import verdict
 from evomerge.searching.setup import set_up
 from evomerge.searching.store import Store
@@ -215,6 +217,40 @@ def test_ranks_count_the_length_and_fitness_does_not(
     order = sorted(range(8), key=lambda i: rows[i].rank)
     assert [worth[i] for i in order] == sorted(worth, reverse=True)
     assert all(0 <= row.fitness <= 1 for row in rows)
+
+
+@pytest.mark.parametrize("stops", [True, False])
+def test_candidates_below_the_first_model_stop_after_their_first_block(
+    stops: bool, family: dict[str, Path], tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def worse(candidate: Any, anchor: Any, weights: Any) -> bool:
+        return fitness_of(candidate, weights) < fitness_of(anchor, weights)
+
+    monkeypatch.setattr(generations, "hopeless", worse)
+    space = {**SPACE, "stop_early": stops}
+    changes = {"optimizer": {"population": 12}, "budget": {"candidates": 24}, "cache": {"scores": False}}
+    config = make_config(tmp_path, family, tasks, space=space, **changes)
+    run = evomerge.search(config, run=tmp_path / "run")
+    with run._store() as store:
+        for generation in (0, 1):
+            blocks = store.generation_blocks(generation)
+            rows = store.candidates(generation)
+            assert len(blocks) == 2
+            screened = [row for row in rows if row.status == "screened"]
+            assert bool(screened) == stops
+            assert max(row.rank for row in rows if row.status == "scored") < min(
+                (row.rank for row in screened), default=99
+            )
+            for row in screened:
+                assert row.fitness is None
+                assert blocks[0] in store.results(row.recipe)
+    again = tmp_path / "again"
+    for results_until_killed in (5, 11):
+        status = in_child(lambda count=results_until_killed: search_killed_after(count, config, again))
+        assert os.WTERMSIG(status) == signal.SIGKILL
+    evomerge.search(config, run=again, continue_=True)
+    assert canonical(again) == canonical(run.path)
+    assert run.results["screened_candidates"] == sum(row.status == "screened" for row in run.candidate_rows())
 
 
 def test_scales_are_refused_where_they_do_not_fold(
