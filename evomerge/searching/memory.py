@@ -130,7 +130,7 @@ def plan_memory(setup: Setup, *, measured: tuple[float, float] | None = None) ->
         measured: mean seconds of a swap and its share of the workers' time, where the run knows them.
     """
     config = setup.config
-    space = setup.space
+    space = setup.paths or setup.space
     # Layer paths share their layers: at most, all of them are there.
     largest = space.probe() if isinstance(space, PathSpace) else setup.baselines["initial"]
     plan = plan_merge(largest, setup.checkpoints)

@@ -74,6 +74,11 @@ def test_layer_paths_hold_all_layers_of_the_pool_at_most(config: Path, family: d
     assert both <= memory.live_bytes <= both + max(layers.values())
     assert "live model at most" in memory.lines()[0]
     assert "moves at most" in memory.lines()[1]
+    searched = "coefficients: {method: linear, parameters: {weight: {range: [0, 1], per: expert}}}"
+    space = f"space={{type: coefficients+layers, {searched}, layers: {{pool: [a, merged]}}}}"
+    memory = plan_memory(setup_of(config, space, "optimizer={type: random}"))
+    assert memory.shared_layers
+    assert both <= memory.live_bytes <= both + max(layers.values())
 
 
 def test_the_plan_says_it_in_words_and_numbers(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
