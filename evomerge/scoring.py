@@ -16,6 +16,7 @@ from evomerge.mergekit import Reading, open_recipe
 from evomerge.recipe import Merge, Output, Recipe, Source
 
 if TYPE_CHECKING:
+    from evomerge.evaluation.entries import Reply
     from evomerge.evaluation.report import MetricValue, Results
     from evomerge.evaluation.suite import Suite
 
@@ -159,15 +160,16 @@ def evaluate(
         total, done = sum(len(part.items) for part in parts), 0
         progress(0, total)
         for part in parts:
+            answered: list[Reply] = []
             if part.hash not in known:
-                known[part.hash] = built.score_part(engine, part)
+                known[part.hash] = built.score_part(engine, part, keep=answered.extend)
                 cache.add(identity, [(part, known[part.hash])])
             outcome = known[part.hash]
             if outcome.failure is not None:
                 raise CandidateFailed(outcome.failure)
             table.setdefault(part.task, {}).update({item.item: item for item in outcome.scores})
             if part.task in reported:
-                for key, found in built.results(engine, part).items():
+                for key, found in built.results(engine, part, answered).items():
                     results[part.task].setdefault(key, []).extend(found)
             done += len(part.items)
             progress(done, total)

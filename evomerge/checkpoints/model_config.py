@@ -21,6 +21,13 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return config if key is None else config[key]
 
 
+def positions(config: Mapping[str, Any]) -> int | None:
+    """Return the longest text that a config is made for, in tokens; None where it does not say."""
+    text = text_config(config)
+    names = ("n_positions", "max_position_embeddings", "n_ctx")
+    return next((int(text[name]) for name in names if text.get(name) is not None), None)
+
+
 def set_tied(config: dict[str, Any], tied: bool) -> None:
     """Say whether the head shares the embedding's weight, in a nested config too if that says it."""
     config["tie_word_embeddings"] = tied

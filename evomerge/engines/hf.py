@@ -116,6 +116,9 @@ class HFEngine:
             kind += f"/{torch.cuda.get_device_name(self.device)}".replace(" ", "-")
         elif kind == "cpu":
             kind += f"/{torch.backends.cpu.get_cpu_capability()}"
+            # How a matrix product is cut over threads changes its bits. Workers have one.
+            threads = torch.get_num_threads()
+            kind += "" if threads == 1 else f"/{threads}-threads"
         versions = (
             f"{name}={importlib.metadata.version(name)}" for name in ("torch", "transformers", "lm-eval")
         )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from evomerge.checkpoints.model_config import positions
 from evomerge.config import Engine as EngineConfig
 from evomerge.engines import vllm_options
 from evomerge.engines.vllm import SPARE_TOKENS, Sentinel, VLLMEngine
@@ -196,11 +197,9 @@ def _write_skeleton(folder: Path, plan: MergePlan, tokenizer: Any) -> None:
 
 def _max_length(settings: EngineConfig, config: Mapping[str, Any]) -> int:
     """Return the longest input: vLLM needs `SPARE_TOKENS` of the model's positions behind it."""
-    text = config.get("text_config") or config
-    names = ("n_positions", "max_position_embeddings", "n_ctx")
-    positions = next((int(text[name]) for name in names if text.get(name) is not None), None)
-    wanted = settings.max_length or positions or 2048
-    length = wanted if positions is None else min(wanted, positions - SPARE_TOKENS)
+    most = positions(config)
+    wanted = settings.max_length or most or 2048
+    length = wanted if most is None else min(wanted, most - SPARE_TOKENS)
     if length < 1:
-        raise UserError(f"engine.max_length: a model of {positions} positions is too short for vLLM")
+        raise UserError(f"engine.max_length: a model of {most} positions is too short for vLLM")
     return length

@@ -12,7 +12,7 @@ from typing import Any
 from evomerge.errors import CandidateFailed, UserError, at, nearest
 from evomerge.evaluation.blocks import cut_blocks, fixed_blocks, put_together
 from evomerge.evaluation.chat import PromptStyle, check_thinking, prompt_style
-from evomerge.evaluation.entries import Entry, Questions, Task, answer, ask_of, given_by, score_all
+from evomerge.evaluation.entries import Entry, Questions, Reply, Task, answer, ask_of, given_by, score_all
 from evomerge.evaluation.guards import constant_of
 from evomerge.evaluation.harness import HarnessScorer, HarnessTask
 from evomerge.evaluation.items import SPLITS, Block, Item, ItemScore, Part, PartOutcome, Split
@@ -185,7 +185,13 @@ class Suite:
         """Cut a split that is asked as a whole into blocks; see `evomerge.evaluation.blocks.fixed_blocks`."""
         return fixed_blocks(self._by_task(split), split, packing=packing)
 
-    def score_part(self, engine: Engine, part: Part, tell: Callable[[int], None] = unheard) -> PartOutcome:
+    def score_part(
+        self,
+        engine: Engine,
+        part: Part,
+        tell: Callable[[int], None] = unheard,
+        keep: Callable[[Sequence[Reply]], object] = lambda replies: None,
+    ) -> PartOutcome:
         """Score a part's items with the weights that the engine holds now.
 
         A candidate that cannot be scored (a logit, log-probability or metric is not finite) is an outcome too.
@@ -194,6 +200,7 @@ class Suite:
             engine: answers the requests.
             part: of this suite's items.
             tell: called now and then with about how many of the items are answered.
+            keep: called with what was answered.
         """
         questions = self._asked(part)
         total = sum(map(len, questions.asked.values()))
@@ -208,6 +215,7 @@ class Suite:
         try:
             with listen(engine, count if total else unheard):
                 replies = answer(engine, questions)
+            keep(replies)
             given = given_by(questions, replies).values()
             scores = score_all(engine, questions, replies)
         except CandidateFailed as reason:
@@ -226,14 +234,21 @@ class Suite:
         scorer = next(entries).scorer
         return scorer if isinstance(scorer, HarnessScorer) else None
 
-    def results(self, engine: Engine, part: Part) -> dict[tuple[str, str], list[Any]]:
+    def results(
+        self, engine: Engine, part: Part, replies: Sequence[Reply] = ()
+    ) -> dict[tuple[str, str], list[Any]]:
         """Return (metric, filter) → what each item of a part earned, of all metrics of a task that lm-eval scores.
+
+        Args:
+            engine: answers the requests.
+            part: of this suite's items.
+            replies: to them, where `score_part` has them already.
 
         Raises:
             CandidateFailed: a log-probability or a logit is not finite.
         """
         scorer = self.harness(part.task)
-        return {} if scorer is None else scorer.results(answer(engine, self._asked(part)))
+        return {} if scorer is None else scorer.results(replies or answer(engine, self._asked(part)))
 
     def screen_blocks(self, search: Iterable[Block]) -> tuple[Block, ...]:
         """Return what the screen asks in place of each search block that has screened items, under its index."""

@@ -191,12 +191,13 @@ def stops_of(instance: Any) -> tuple[str, ...]:
 
 def _generation(kwargs: Mapping[str, Any], context: str, task: str) -> Generation:
     for key, value in kwargs.items():
-        if key not in _GREEDY_KEYS:
+        if key not in _GREEDY_KEYS and (key, value) != ("num_beams", 1):
             raise UserError(
                 f"task '{task}': generation_kwargs.{key}: not supported; use until, max_gen_toks, do_sample"
             )
         if (key == "do_sample" and value) or (
-            key == "temperature" and float(value) > 0 and kwargs.get("do_sample")
+            # Without do_sample, lm-eval lets the temperature decide.
+            key == "temperature" and float(value) > 0 and kwargs.get("do_sample") in (None, True)
         ):
             raise UserError(
                 f"task '{task}': generation_kwargs.{key}: {value} would sample, and scores would not be reproducible; "
@@ -303,6 +304,7 @@ def item_id(
         [
             source.identity,
             [metric.name, metric.filter, metric.higher_is_better],
+            style.think_end,
             asked,
             doc if custom else reference,
         ],

@@ -163,6 +163,7 @@ def decided(engine: Engine, base: Checkpoint) -> Engine:
     """
     import torch
 
+    from evomerge.checkpoints.model_config import positions
     from evomerge.engines import check_engine, default_batch_tokens
 
     device = engine.device
@@ -171,7 +172,7 @@ def decided(engine: Engine, base: Checkpoint) -> Engine:
     tokens = (
         default_batch_tokens(engine.type, device) if engine.batch_tokens == "auto" else engine.batch_tokens
     )
-    length = engine.max_length or int(base.text_config.get("max_position_embeddings") or 2048)
+    length = engine.max_length or positions(base.config) or 2048
     settings = engine.model_copy(update={"device": device, "batch_tokens": tokens, "max_length": length})
     check_engine(settings)
     return settings

@@ -62,4 +62,6 @@ class LocalExecutor:
     def close(self) -> None:
         """See `Executor.close`."""
         self._queue.clear()
-        self._worker = None
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.close()

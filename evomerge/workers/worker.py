@@ -135,6 +135,12 @@ class Worker:
             bench.drop_engine()
         raise InfrastructureError(f"worker {self.name} lost its engine twice, the last time: {lost}")
 
+    def close(self) -> None:
+        """Let the engine and its memory go: the process may live on. May be called twice."""
+        bench, self._bench = self._bench, None
+        if bench is not None:
+            bench.drop_engine()
+
     def _ready(self) -> _Bench:
         if self._bench is None:
             raise RuntimeError("a worker must be prepared before it is asked for anything")

@@ -209,6 +209,20 @@ def test_generation_settings_that_would_be_ignored_are_refused(
         engine.generate(PROMPTS[:1])
 
 
+def test_threads_are_told_since_they_change_bits(model: Any, tokenizer: Any) -> None:
+    engine = HFEngine(model, tokenizer, batch_tokens=64)
+    before = torch.get_num_threads()
+    told = {}
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            told[threads] = engine.fingerprint
+    finally:
+        torch.set_num_threads(before)
+    assert "threads" not in told[1]
+    assert "/2-threads" in told[2]
+
+
 def shapes_of(model: Any, do: Callable[[], Any]) -> list[tuple[int, ...]]:
     """Return the shapes of the inputs of every forward pass meanwhile."""
     shapes: list[tuple[int, ...]] = []

@@ -120,6 +120,7 @@ def test_every_setting_makes_other_items(tmp_path: Path, chatty: Any) -> None:
     settings: list[dict[str, Any]] = [
         {},
         {"think_end_token": "</t>"},
+        {"think_end_token": "</think>"},
         {"system_instruction": "You count."},
         chat,
         {**chat, "fewshot_as_multiturn": False},

@@ -202,6 +202,7 @@ def test_overrides_that_do_not_fit(tmp_path: Path) -> None:
     ("kwargs", "told"),
     [
         ({"do_sample": True}, "would sample"),
+        ({"do_sample": None, "temperature": 0.7}, "generation_kwargs.temperature: 0.7 would sample"),
         ({"num_beams": 4}, "generation_kwargs.num_beams: not supported"),
         ({"max_gen_toks": 0}, "at least one token"),
     ],
@@ -209,3 +210,11 @@ def test_overrides_that_do_not_fit(tmp_path: Path) -> None:
 def test_generation_that_is_not_greedy_is_refused(tmp_path: Path, kwargs: dict[str, Any], told: str) -> None:
     write_task(tmp_path, kind="generate")
     assert told in refusal(tmp_path, {"task": "tiny", "gen_kwargs": kwargs})
+
+
+def test_settings_that_change_nothing_about_greedy_answers_are_taken(tmp_path: Path) -> None:
+    write_task(tmp_path, kind="generate")
+    plain = build(tmp_path)
+    kwargs = {"num_beams": 1, "do_sample": False, "temperature": 1}
+    suite = build(tmp_path, {"task": "tiny", "gen_kwargs": kwargs})
+    assert list(suite.requests()) and {*suite.requests()} == {*plain.requests()}

@@ -14,6 +14,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from evomerge import scoring
+from evomerge.engines.hf import HFEngine
 from evomerge.errors import UserError
 from evomerge.task_scoring import evaluate_tasks
 from tests.adapters import make_adapter
@@ -136,6 +137,22 @@ def test_what_lm_eval_reports_otherwise_is_shown_beside(config, family, tmp_path
     assert every.score == found.score
     assert str(every).count("lm-eval: ") == 7
     assert json.loads(json.dumps(every.to_dict()))["lm_eval"]["rolling"]["bits_per_byte,none"]["n"] == 12
+
+
+def test_all_metrics_cost_no_second_forward_pass(config, family, tmp_path, monkeypatch):
+    write_task(tmp_path / "more", "rolling", "rolling")
+    asked: list[str] = []
+    own = HFEngine.loglikelihood_rolling
+
+    def counted(engine, requests):
+        asked.extend(request.text for request in requests)
+        return own(engine, requests)
+
+    monkeypatch.setattr(HFEngine, "loglikelihood_rolling", counted)
+    changes = [f"suite.include=[{tmp_path / 'more'}]", "suite.tasks=[rolling]", "cache.scores=false"]
+    found = scoring.evaluate(family["a"], config, overrides=changes, all_metrics=True)
+    assert len(found.lm_eval["rolling"]) == 3
+    assert len(asked) == len(set(asked)) == 12
 
 
 def test_an_adapter_on_a_base_of_ones_own_choosing(config, family, tmp_path):

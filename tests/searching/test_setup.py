@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from evomerge.checkpoints import open_checkpoint
-from evomerge.config import load_config
+from evomerge.config import Engine, load_config
 from evomerge.engines import probing
 from evomerge.errors import UserError
 from evomerge.scoring import evaluate
 from evomerge.searching.run import search
-from evomerge.searching.setup import decide_output, pin_revisions, set_up
-from tests.models import make_family
+from evomerge.searching.setup import decide_output, decided, pin_revisions, set_up
+from tests.models import make_family, make_model
 from tests.tasks import make_config
 
 
@@ -33,6 +33,12 @@ def test_a_base_of_mixed_formats_is_searched_in_one(tmp_path: Path, tasks: Path)
     run = search(path, run=tmp_path / "run")
     exported = open_checkpoint(str(run.export(tmp_path / "model")))
     assert {info.dtype for info in exported.tensors.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_models_own_length_is_what_its_config_calls_so(tmp_path: Path, kind: str) -> None:
+    model = open_checkpoint(str(make_model(tmp_path / kind, kind=kind)))
+    assert decided(Engine(device="cpu"), model).max_length == 512
 
 
 def test_one_format_is_left_as_it_is(family: dict[str, Path], tasks: Path, tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def test_a_local_worker_recovers_in_its_process(
     reasons = attempts(run.path)
     assert reasons[0] == "the engine process died"
     assert [reason.split(":")[0] for reason in reasons[1:]] == ["out of memory"] * 3
-    assert (FaultyHost.opened, FaultyHost.closed) == (5, 4)
+    assert (FaultyHost.opened, FaultyHost.closed) == (5, 5)
 
 
 def test_the_preview_recovers_too(
