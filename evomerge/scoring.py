@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from evomerge.config import Config, Engine, load_config
 from evomerge.environment import prepare
-from evomerge.errors import CandidateFailed, UserError
+from evomerge.errors import CandidateFailed, InfrastructureError, UserError
 from evomerge.evaluation.items import ItemScore, Split
+from evomerge.losses import loss
 from evomerge.mergekit import Reading, open_recipe
 from evomerge.recipe import Merge, Output, Recipe, Source
 
@@ -176,6 +177,14 @@ def evaluate(
         fingerprint = engine.fingerprint
     except CandidateFailed as reason:
         raise UserError(f"{label}: cannot be scored: {reason}") from None
+    except Exception as error:
+        lost = loss(error)
+        if lost is None:
+            raise
+        raise InfrastructureError(
+            f"{label}: the engine was lost: {lost}; what was scored is kept: try again, with a smaller "
+            "engine.batch_tokens if memory ran out"
+        ) from None
     finally:
         host.close()
     scored = score_dict(score(values_of(table, raw=True), built.weights, seed=config.seed), table)

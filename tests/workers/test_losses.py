@@ -10,8 +10,10 @@ import torch
 
 import evomerge.engines
 import evomerge.workers.ray_executor
+from evomerge.engines.hf import HFEngine
 from evomerge.errors import CandidateFailed, EngineLost, InfrastructureError
 from evomerge.losses import loss
+from evomerge.scoring import evaluate
 from evomerge.searching.run import Run, resume, search
 from evomerge.searching.rundir import open_run
 from evomerge.searching.scheduler import MAX_ATTEMPTS
@@ -139,6 +141,19 @@ def test_an_engine_that_does_not_start_is_told_as_such(
         InfrastructureError, match=r"worker local cannot start its engine: out of memory: CUDA"
     ):
         search(make_config(tmp_path, family, tasks), run=tmp_path / "run")
+
+
+def test_an_evaluation_whose_engine_is_lost_says_so(
+    family: dict[str, Path], tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lose(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(HFEngine, "loglikelihood", lose)
+    with pytest.raises(
+        InfrastructureError, match=r"a: the engine was lost: out of memory: CUDA out of memory"
+    ):
+        evaluate(family["a"], make_config(tmp_path, family, tasks))
 
 
 def test_ray_workers_recover_and_are_replaced_if_that_does_not_help(
