@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -150,7 +151,7 @@ def evaluate(
     host = open_host(config.engine, checkpoints, tokenizer)
     table: dict[str, dict[str, ItemScore]] = {}
     results: dict[str, dict[tuple[str, str], list[Any]]] = {name: {} for name in reported}
-    try:
+    with told_of(label, "what was scored is kept: "), contextlib.closing(host):
         engine = host.hold(recipe)
         parts = [part for block in built.fixed_blocks(split, packing=engine.packing) for part in block.parts]
         cache = ScoreCache(
@@ -175,18 +176,6 @@ def evaluate(
             done += len(part.items)
             progress(done, total)
         fingerprint = engine.fingerprint
-    except CandidateFailed as reason:
-        raise UserError(f"{label}: cannot be scored: {reason}") from None
-    except Exception as error:
-        lost = loss(error)
-        if lost is None:
-            raise
-        raise InfrastructureError(
-            f"{label}: the engine was lost: {lost}; what was scored is kept: try again, with a smaller "
-            "engine.batch_tokens if memory ran out"
-        ) from None
-    finally:
-        host.close()
     scored = score_dict(score(values_of(table, raw=True), built.weights, seed=config.seed), table)
     if len({task.higher_is_better for task in built.tasks}) > 1:
         mapped = score_dict(score(values_of(table), built.weights, seed=config.seed), table)
@@ -199,6 +188,32 @@ def evaluate(
         fingerprint=fingerprint,
         lm_eval=_reports(built, results, all_metrics, config.seed),
     )
+
+
+@contextlib.contextmanager
+def told_of(label: str, comfort: str = "") -> Iterator[None]:
+    """Say of which model it is that scoring ended early.
+
+    Args:
+        label: what reports call the model.
+        comfort: what to know before trying again.
+
+    Raises:
+        UserError: the model cannot be scored.
+        InfrastructureError: the engine was lost.
+    """
+    try:
+        yield
+    except CandidateFailed as reason:
+        raise UserError(f"{label}: cannot be scored: {reason}") from None
+    except Exception as error:
+        lost = loss(error)
+        if lost is None:
+            raise
+        raise InfrastructureError(
+            f"{label}: the engine was lost: {lost}; {comfort}try again, with a smaller "
+            "engine.batch_tokens if memory ran out"
+        ) from None
 
 
 def _reports(

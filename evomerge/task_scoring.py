@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from evomerge.config import Engine
 from evomerge.environment import prepare
-from evomerge.errors import CandidateFailed, UserError
+from evomerge.errors import UserError
 from evomerge.evaluation.report import MetricValue, shown
 from evomerge.overrides import overridden
 from evomerge.recipe import Recipe
 from evomerge.schema import Frozen, validate
-from evomerge.scoring import label_of, model_reading
+from evomerge.scoring import label_of, model_reading, told_of
 from evomerge.suite_config import Suite, TaskSpec
 
 if TYPE_CHECKING:
@@ -200,7 +201,7 @@ def evaluate_tasks(
     scores: dict[str, TaskScores] = {}
     progress(0, total)
     host = open_host(settings, checkpoints, tokenizer)
-    try:
+    with told_of(label), contextlib.closing(host):
         held = host.hold(recipe)
         for name, task in whole.items():
             requests = task.requests()
@@ -216,10 +217,6 @@ def evaluate_tasks(
             metrics = report(task.task, name, results[name], seed=seed)
             scores[name] = TaskScores(tuple(metrics), len(task), cut, task.split)
         fingerprint = held.fingerprint
-    except CandidateFailed as reason:
-        raise UserError(f"{label}: cannot be scored: {reason}") from None
-    finally:
-        host.close()
     groups = {}
     for expansion in expansions.values():
         names = [definition.name for definition in expansion.definitions]

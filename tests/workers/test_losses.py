@@ -17,6 +17,7 @@ from evomerge.scoring import evaluate
 from evomerge.searching.run import Run, resume, search
 from evomerge.searching.rundir import open_run
 from evomerge.searching.scheduler import MAX_ATTEMPTS
+from evomerge.task_scoring import evaluate_tasks
 from tests.searching.records import canonical
 from tests.tasks import make_config, make_tasks
 from tests.workers.faulty import PLAN, FaultyHost, FaultyWorker, open_faulty, plan_losses
@@ -154,6 +155,8 @@ def test_an_evaluation_whose_engine_is_lost_says_so(
         InfrastructureError, match=r"a: the engine was lost: out of memory: CUDA out of memory"
     ):
         evaluate(family["a"], make_config(tmp_path, family, tasks))
+    with pytest.raises(InfrastructureError, match=r"a: the engine was lost: .*; try again, with a smaller"):
+        evaluate_tasks(family["a"], ["tiny_a"], include=[str(tasks)])
 
 
 def test_ray_workers_recover_and_are_replaced_if_that_does_not_help(
