@@ -181,7 +181,12 @@ def verdict(results: Mapping[str, Any]) -> str:
     low, high = test["ci95"]
     return (
         f"On {test['n']} test items that the search never saw, the winner ({winner['name']}) scores "
-        f"{test['mean']:.3f} [{low:.3f}, {high:.3f}]" + (", " if parts else "") + " and ".join(parts) + "."
+        f"{test['mean']:.3f} [{low:.3f}, {high:.3f}]"
+        + (", " if parts else "")
+        + ", ".join(parts[:-1])
+        + (" and " if parts[1:] else "")
+        + "".join(parts[-1:])
+        + "."
     )
 
 
