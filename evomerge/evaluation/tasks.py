@@ -71,6 +71,11 @@ def load_source(
     check_trust(definition, python=suite.trust_task_code, execution=suite.allow_code_execution, file=file)
     overrides = _overrides(spec, definition, file, key)
     config = {**_resolved(definition), **overrides}
+    if config.get("class") is not None and not {"dataset_path", "custom_dataset"} & set(config):
+        raise UserError(
+            f"{at(file, f'{key}.task')}task '{spec.task}' is a Python class that loads its data itself "
+            f"({definition.file}), so they cannot be split; take a task whose YAML names its data (dataset_path)"
+        )
     for entry in ("doc_to_image", "doc_to_audio"):
         if config.get(entry) is not None:
             raise UserError(

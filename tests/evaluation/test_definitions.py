@@ -218,3 +218,13 @@ def test_settings_that_change_nothing_about_greedy_answers_are_taken(tmp_path: P
     kwargs = {"num_beams": 1, "do_sample": False, "temperature": 1}
     suite = build(tmp_path, {"task": "tiny", "gen_kwargs": kwargs})
     assert {*suite.requests()} == {*plain.requests()}
+
+
+def test_a_class_that_loads_its_data_itself_is_refused_as_such(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("task: tiny\nclass: !function code.Mine\n")
+    (tmp_path / "code.py").write_text("class Mine:\n    pass\n")
+    said = refusal(tmp_path, trust_task_code=True)
+    assert said.startswith(
+        "search.yaml: suite.tasks.0.task: task 'tiny' is a Python class that loads its data"
+    )
+    assert refusal(tmp_path).startswith("search.yaml: suite.trust_task_code: ")
