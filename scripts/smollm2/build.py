@@ -31,7 +31,7 @@ def build_experts(base: Path, folder: Path, settings: Settings, *, jobs: int, fo
     """
     waiting = [n for n in EXPERTS if force or not is_built(folder / n, base, settings)]
     if waiting:
-        print(f"training {', '.join(waiting)} (about 4 minutes each on an idle core)", flush=True)
+        print(f"training {', '.join(waiting)} (about 6 minutes each on an idle core)", flush=True)
     running: dict[str, subprocess.Popen[bytes]] = {}
     script = Path(__file__).with_name("experts.py")
     try:
