@@ -32,9 +32,10 @@ class Evaluation:
     Attributes:
         model: as named by the caller; a `Recipe` by its hash.
         split: the item set.
-        score: ``{mean, ci95, n, tasks: {name: {mean, ci95, n, truncated}}}``. Tasks are in their metrics' own
+        score: ``{mean, ci95, n, tasks: {name: {mean, ci95, n, raw, truncated}}}``. Tasks are in their metrics' own
             units, the suite too unless their directions differ: then its values are mapped to [0, 1].
-            truncated is the share of generated answers that were cut at their token limit.
+            raw is the mean in the metric's units; truncated is the share of generated answers that were cut at their
+            token limit.
         metrics: metric of each task.
         lm_eval: task → its metrics as lm-eval reports them over these items: of tasks for which that is not the
             mean over items, or of all.

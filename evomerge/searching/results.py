@@ -7,6 +7,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from evomerge import __version__
@@ -120,7 +121,10 @@ def build_results(store: Store, setup: Setup, scheduler: Scheduler) -> dict[str,
 
 
 def score_dict(value: Score, table: Mapping[str, Mapping[str, ItemScore]]) -> dict[str, Any]:
-    """Return a score as plain data, with the share of each task's generated answers that were cut at their limit.
+    """Return a score as plain data, with what else there is to know of each task.
+
+    That is the mean in its metric's own units (`raw`, even where the score is of values in [0, 1]), and the share of
+    its generated answers that were cut at their limit (`truncated`).
 
     Args:
         value: the score.
@@ -135,6 +139,7 @@ def score_dict(value: Score, table: Mapping[str, Mapping[str, ItemScore]]) -> di
                 "mean": task.mean,
                 "ci95": list(task.ci95),
                 "n": task.n,
+                "raw": fmean(score.raw for score in table[name].values()),
                 "truncated": truncated_share(table[name].values()),
             }
             for name, task in value.tasks.items()

@@ -119,9 +119,9 @@ def asked_of(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     asked: list[Any] = []
     score_part = Suite.score_part
 
-    def noting(self: Suite, engine: Any, part: Any, *further: Any) -> Any:
+    def noting(self: Suite, engine: Any, part: Any, *further: Any, **named: Any) -> Any:
         asked.append(part)
-        return score_part(self, engine, part, *further)
+        return score_part(self, engine, part, *further, **named)
 
     monkeypatch.setattr(Suite, "score_part", noting)
     return asked

@@ -55,6 +55,10 @@ def test_a_search_over_all_kinds_of_tasks(config: Path, tmp_path: Path) -> None:
     run = evomerge.search(config, run=tmp_path / "local", display=Silent())
     assert list(run.results["winner"]["test"]["tasks"]) == NAMES
     assert set(run.scores().task) == set(NAMES)
+    # The suite mixes directions, so its scores are mapped to [0, 1]; each task tells its own units too.
+    notes = run.results["winner"]["test"]["tasks"]["notes"]
+    assert run.results["units"] == "mapped to [0, 1]"
+    assert 0 < notes["mean"] < 1 < notes["raw"]
     assert run.candidates().fitness.between(0, 1).all()
     preview = (run.path / "preview.md").read_text()
     assert "notes" in preview
