@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,15 @@ def short_list(run: evomerge.Run, round_: int) -> list[tuple[str, str, int | Non
         store.close()
 
 
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """Ctrl-C is listened to, also where the tests run in the background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
 def test_signals_while_it_stops_do_not_disturb_the_stopping(
     first: signal.Signals,
