@@ -52,7 +52,7 @@ def french_examples(seed: int) -> Iterator[tuple[str, str]]:
     """Questions about French texts and translations into French; nothing is ever computed."""
     return _mixed(
         seed,
-        (0.6, _taught("fr", reading("fr", "train", seed))),
+        (0.6, _taught("fr", reading("train", seed))),
         (0.4, _taught("fr", translation("train", seed))),
     )
 

@@ -165,9 +165,9 @@ def maths(language: str, split: str, seed: int) -> Iterator[Problem]:
         yield Problem(text, f"{working}. {said} {result}.", str(result), key)
 
 
-def reading(language: str, split: str, seed: int) -> Iterator[Problem]:
-    """Yield short texts with a question about who, what or where. Nothing is to be computed."""
-    rng = random.Random(f"reading {language} {split} {seed}")
+def reading(split: str, seed: int) -> Iterator[Problem]:
+    """Yield short French texts with a question about who, what or where. Nothing is to be computed."""
+    rng = random.Random(f"reading fr {split} {seed}")
     while True:
         one, two = rng.sample(range(10), 2)
         first, second = rng.sample(range(10), 2)
@@ -176,25 +176,16 @@ def reading(language: str, split: str, seed: int) -> Iterator[Problem]:
         key = (one, two, first, second, here, there, kind)
         if split_of(key) != split:
             continue
-        A, B = NAMES[language][one], NAMES[language][two]
-        o, p = THINGS[language][first], THINGS[language][second]
-        x, y = PLACES[language][here], PLACES[language][there]
-        if language == "fr":
-            text = f"{A} a des {o} {x}. {B} a des {p} {y}."
-            asked, full, result = (
-                (f"Qui a des {p} ?", f"{B} a des {p}", B),
-                (f"Où est {A} ?", f"{A} est {x}", x),
-                (f"Qu'est-ce que {B} a ?", f"{B} a des {p}", p),
-            )[kind]
-            yield Problem(f"{text} {asked}", f"{full}. La réponse est {result}.", result, key)
-        else:
-            text = f"{A} has {o} {x}. {B} has {p} {y}."
-            asked, full, result = (
-                (f"Who has {p}?", f"{B} has {p}", B),
-                (f"Where is {A}?", f"{A} is {x}", x),
-                (f"What does {B} have?", f"{B} has {p}", p),
-            )[kind]
-            yield Problem(f"{text} {asked}", f"{full}. The answer is {result}.", result, key)
+        A, B = NAMES["fr"][one], NAMES["fr"][two]
+        o, p = THINGS["fr"][first], THINGS["fr"][second]
+        x, y = PLACES["fr"][here], PLACES["fr"][there]
+        asked, full, result = (
+            (f"Qui a des {p} ?", f"{B} a des {p}", B),
+            (f"Où est {A} ?", f"{A} est {x}", x),
+            (f"Qu'est-ce que {B} a ?", f"{B} a des {p}", p),
+        )[kind]
+        text = f"{A} a des {o} {x}. {B} a des {p} {y}. {asked}"
+        yield Problem(text, f"{full}. La réponse est {result}.", result, key)
 
 
 def translation(split: str, seed: int) -> Iterator[Problem]:

@@ -44,7 +44,7 @@ def suite(seed: int) -> dict[str, tuple[str, int, str, dict[str, Iterator[Proble
     return {
         "maths_en": ("en", 40, NUMBER_EN, {s: maths("en", s, seed) for s in splits}),
         "maths_fr": ("fr", 40, NUMBER_FR, {s: maths("fr", s, seed) for s in splits}),
-        "reading_fr": ("fr", 40, "réponse est ([^.]+)", {s: reading("fr", s, seed) for s in splits}),
+        "reading_fr": ("fr", 40, "réponse est ([^.]+)", {s: reading(s, seed) for s in splits}),
         "ordering_en": ("en", 32, "answer is ([a-z]+)", {s: ordering(s, seed) for s in splits}),
     }
 
