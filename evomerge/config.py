@@ -15,7 +15,18 @@ from evomerge.methods.registry import get_method
 from evomerge.output import BASE, Output
 from evomerge.overrides import overridden
 from evomerge.recipe import expand_home, resolve_output, resolve_source
-from evomerge.schema import Auto, Frozen, Number, Positive, Whole, dump_yaml, read_yaml, shown, validate
+from evomerge.schema import (
+    Auto,
+    Frozen,
+    Number,
+    Positive,
+    Whole,
+    dump_yaml,
+    from_text,
+    read_yaml,
+    shown,
+    validate,
+)
 from evomerge.space_config import Space
 from evomerge.suite_config import Splits, Suite
 
@@ -42,11 +53,7 @@ class ModelRef(Frozen):
     @model_validator(mode="before")
     @classmethod
     def _from_text(cls, data: Any) -> Any:
-        if not isinstance(data, str | dict | ModelRef):
-            raise ValueError(
-                f"{shown(data)} is not accepted: give a folder, a hub id or {{path: ..., revision: ...}}"
-            )
-        return {"path": data} if isinstance(data, str) else data
+        return from_text(cls, data, "path", "a folder, a hub id or {path: ..., revision: ...}")
 
 
 class Models(Frozen):

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from evomerge.errors import UserError, nearest
-from evomerge.schema import Frozen, Positive, Whole, shown
+from evomerge.schema import Frozen, Positive, Whole, from_text
 
 
 class TextFile(Frozen):
@@ -30,9 +30,7 @@ class TextFile(Frozen):
     @model_validator(mode="before")
     @classmethod
     def _from_text(cls, data: Any) -> Any:
-        if not isinstance(data, str | dict | TextFile):
-            raise ValueError(f"{shown(data)} is not accepted: give a JSONL file")
-        return {"file": data} if isinstance(data, str) else data
+        return from_text(cls, data, "file", "a JSONL file")
 
     def digest(self) -> str:
         """Return the sha256 of the file's bytes.

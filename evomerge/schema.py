@@ -154,6 +154,23 @@ def validate(model: type[Model], data: Any, file: Path | str | None) -> Model:
         raise UserError(_sentence(error, data, file)) from None
 
 
+def from_text(cls: type, data: Any, key: str, wanted: str) -> Any:
+    """Return what a model that may be written as a text alone is validated from: the text under its key.
+
+    Args:
+        cls: the model's class.
+        data: as given.
+        key: what a text stands for.
+        wanted: what to give instead, for the message.
+
+    Raises:
+        ValueError: neither a text nor a mapping.
+    """
+    if not isinstance(data, str | dict | cls):
+        raise ValueError(f"{shown(data)} is not accepted: give {wanted}")
+    return {key: data} if isinstance(data, str) else data
+
+
 def shown(value: Any) -> str:
     """Return a value as it would be written in YAML, on one line, shortened."""
     if value is None or isinstance(value, bool):

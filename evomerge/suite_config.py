@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import abstractmethod
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,7 +12,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator
 
 from evomerge.errors import nearest
 from evomerge.recipe import expand_home
-from evomerge.schema import Auto, Frozen, Number, Positive, Whole, shown
+from evomerge.schema import Auto, Frozen, Number, Positive, Whole, from_text, shown
 
 
 class SplitFractions(Frozen):
@@ -96,11 +97,7 @@ class TaskSpec(Frozen):
     @model_validator(mode="before")
     @classmethod
     def _from_text(cls, data: Any) -> Any:
-        if not isinstance(data, str | dict | TaskSpec):
-            raise ValueError(
-                f"{shown(data)} is not accepted: give a task's name or {{task: ..., metric: ...}}"
-            )
-        data = {"task": data} if isinstance(data, str) else data
+        data = from_text(cls, data, "task", "a task's name or {task: ..., metric: ...}")
         if isinstance(data, dict) and "task" in data and data.get("name") is None:
             return {**data, "name": data["task"]}
         return data
@@ -157,8 +154,9 @@ class FileSpec(Frozen):
         return data
 
     @classmethod
-    def _name_from(cls, data: dict[str, Any]) -> Any:
-        raise NotImplementedError
+    @abstractmethod
+    def _name_from(cls, data: dict[str, Any]) -> str:
+        """Return the name of an entry, as given, that has none."""
 
 
 class TextSpec(FileSpec):

@@ -19,7 +19,7 @@ from evomerge.methods.registry import Needs, get_method
 from evomerge.output import Output
 from evomerge.recipe.checks import check_recipe
 from evomerge.recipe.hashing import recipe_hash
-from evomerge.schema import Frozen, Number, Whole, dump_yaml, shown, validate
+from evomerge.schema import Frozen, Number, Whole, dump_yaml, from_text, shown, validate
 from evomerge.settings import Scalar, Value, evaluate
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -43,11 +43,7 @@ class Source(Frozen):
     @model_validator(mode="before")
     @classmethod
     def _from_text(cls, data: Any) -> Any:
-        if not isinstance(data, str | dict | Source):
-            raise ValueError(
-                f"{shown(data)} is not accepted: give a folder, a hub id or {{source: ..., sha256: ...}}"
-            )
-        return {"source": data} if isinstance(data, str) else data
+        return from_text(cls, data, "source", "a folder, a hub id or {source: ..., sha256: ...}")
 
 
 class Rule(Frozen):
