@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from evomerge.errors import UserError
 from evomerge.evaluation.entries import Entry, Reply
-from evomerge.evaluation.guards import Answers
+from evomerge.evaluation.logprobs import LogprobScorer, logprob_of
 from evomerge.evaluation.metrics import Metric
 from evomerge.evaluation.preview import Preview
 from evomerge.evaluation.requests import Engine, Loglikelihood
@@ -52,33 +52,13 @@ def _gold_entry(entry: Entry, scorer: GoldScorer, metric: Metric, place: str) ->
     )
 
 
-class GoldScorer:
+class GoldScorer(LogprobScorer):
     """Scores with the log-probability of the answer and its length in UTF-8 bytes; see `Scorer`."""
-
-    def __init__(self, metric: Metric) -> None:
-        self._metric = metric
-
-    def score(self, replies: Sequence[Reply], engine: Engine) -> list[tuple[float, float]]:
-        """See `Scorer.score`."""
-        return [
-            self._metric.item((_logprob(reply), reply.entry.material), reply.entry.item.task)
-            for reply in replies
-        ]
-
-    def given(self, replies: Sequence[Reply]) -> Answers | None:
-        """Return None: nothing is chosen or generated."""
-        return None
 
     def preview(self, reply: Reply, engine: Engine) -> Preview:
         """See `Scorer.preview`."""
         ((raw, _),) = self.score([reply], engine)
         request = reply.entry.requests[0]
         assert isinstance(request, Loglikelihood)
-        shown = f"log-probability of the reference {_logprob(reply):.4f}"
+        shown = f"log-probability of the reference {logprob_of(reply):.4f}"
         return Preview(reply.entry.item.task, request.context, shown, "", request.continuation, raw, True)
-
-
-def _logprob(reply: Reply) -> float:
-    answer = reply.answers[0]
-    assert isinstance(answer, tuple)
-    return answer[0]

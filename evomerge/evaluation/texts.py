@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from evomerge.evaluation.entries import Entry, Reply
-from evomerge.evaluation.guards import Answers
 from evomerge.evaluation.items import Item, Split
+from evomerge.evaluation.logprobs import LogprobScorer, logprob_of
 from evomerge.evaluation.metrics import Kind, Metric
 from evomerge.evaluation.preview import Preview
 from evomerge.evaluation.requests import Engine, Rolling
@@ -86,22 +86,8 @@ class TextTask:
         ]
 
 
-class TextScorer:
+class TextScorer(LogprobScorer):
     """Scores with a text's log-probability and its length; see `evomerge.evaluation.entries.Scorer`."""
-
-    def __init__(self, metric: Metric) -> None:
-        self._metric = metric
-
-    def score(self, replies: Sequence[Reply], engine: Engine) -> list[tuple[float, float]]:
-        """See `Scorer.score`."""
-        return [
-            self._metric.item((reply.answers[0], reply.entry.material), reply.entry.item.task)
-            for reply in replies
-        ]
-
-    def given(self, replies: Sequence[Reply]) -> Answers | None:
-        """Return None: nothing is chosen or generated."""
-        return None
 
     def preview(self, reply: Reply, engine: Engine) -> Preview:
         """See `Scorer.preview`."""
@@ -109,7 +95,7 @@ class TextScorer:
         request = reply.entry.requests[0]
         assert isinstance(request, Rolling)
         return Preview(
-            reply.entry.item.task, "", f"log-probability {reply.answers[0]:.4f}", "", request.text, raw, True
+            reply.entry.item.task, "", f"log-probability {logprob_of(reply):.4f}", "", request.text, raw, True
         )
 
 
