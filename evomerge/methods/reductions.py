@@ -130,11 +130,6 @@ class Magnitudes:
         return float(self.values[np.searchsorted(self.upto, self.upto[-1] - rank, side="right")])
 
 
-def kth_magnitude(operands: Operands, k: int, rank: int) -> float:
-    """Return the `rank`-th largest |θ_k − θ_0|, exactly; rank 1 is the largest. See `order_statistics`."""
-    return order_statistics(operands, [(k, rank)])[0]
-
-
 def order_statistics(operands: Operands, wanted: Sequence[tuple[int, int]]) -> list[float]:
     """Return, for each (k, rank), the `rank`-th largest |θ_k − θ_0|, exactly; rank 1 is the largest.
 

@@ -8,7 +8,7 @@ import torch
 
 from evomerge.methods import TensorCache
 from evomerge.methods.operands import Operands
-from evomerge.methods.reductions import gram, kth_magnitude, list_magnitudes, select, select_near
+from evomerge.methods.reductions import gram, list_magnitudes, order_statistics, select, select_near
 from tests.methods import oracle
 from tests.methods.oracle import merge
 
@@ -27,7 +27,7 @@ def test_every_way_of_selection_finds_the_same_element(dtype: torch.dtype, n: in
     for rank in sorted({1, 2, n // 100, n // 5, n // 2, n - 1, n} & set(range(1, n + 1))):
         expected = ordered[rank - 1].astype(np.float64 if dtype == torch.float64 else np.float32)
         assert select(operands, 1, rank) == expected
-        assert kth_magnitude(operands, 1, rank) == expected
+        assert order_statistics(operands, [(1, rank)]) == [expected]
         assert select_near(operands, [(1, rank)])[0] in (expected, None)
         listed = list_magnitudes(operands, 1)
         assert listed is None or listed.largest(rank) == expected
@@ -44,7 +44,7 @@ def test_a_tensor_that_the_sample_misjudges_is_selected_from_all_the_same() -> N
     delta[:, 1024:] = torch.arange(1.0, 3072 * 64 + 1).reshape(64, 3072)
     operands = Operands(torch.zeros(n), [delta.reshape(-1)])
     assert select_near(operands, [(0, 1000)]) == [None]
-    assert kth_magnitude(operands, 0, 1000) == 3072 * 64 - 999
+    assert order_statistics(operands, [(0, 1000)]) == [3072 * 64 - 999]
 
 
 def test_bfloat16_deltas_are_listed_and_float32_ones_are_not() -> None:
@@ -54,7 +54,7 @@ def test_bfloat16_deltas_are_listed_and_float32_ones_are_not() -> None:
 
 def test_equal_magnitudes_are_selected() -> None:
     operands = Operands(torch.zeros(100_000), [torch.full((100_000,), -2.5)])
-    assert kth_magnitude(operands, 0, 1) == kth_magnitude(operands, 0, 70_000) == 2.5
+    assert order_statistics(operands, [(0, 1), (0, 70_000)]) == [2.5, 2.5]
 
 
 @pytest.mark.parametrize("n", [1, 5, 32_768, 150_001])
