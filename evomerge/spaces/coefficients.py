@@ -17,7 +17,7 @@ from evomerge.space_config import Depth, ParameterSpec, Smooth
 from evomerge.spaces.chains import SHARED, Tier, recipient_of, slots, tiers_by_role
 from evomerge.spaces.depth import check_depth, control_names, over_depth, positions
 from evomerge.spaces.describe import describe_recipe, show, table
-from evomerge.spaces.genotype import Coordinate, Genotype, Variation
+from evomerge.spaces.genotype import Coordinate, Genotype, Variation, check_length
 from evomerge.spaces.units import make_coordinate, to_value
 
 
@@ -119,8 +119,7 @@ class CoefficientSpace:
         Raises:
             ValueError: wrong length, or a number outside its coordinate's domain.
         """
-        if len(genotype) != self.dimension:
-            raise ValueError(f"a genotype of this space has {self.dimension} numbers, not {len(genotype)}")
+        check_length(genotype, self.dimension)
         parameters: dict[str, Value] = {}
         patterned: list[Rule] = []
         general: dict[tuple[tuple[Position, ...] | None, tuple[Role, ...] | None], dict[str, Value]] = {}

@@ -35,6 +35,16 @@ class Coordinate:
     weights: tuple[float, ...] = ()
 
 
+def check_length(genotype: Genotype, dimension: int) -> None:
+    """Refuse a genotype of another length than the space's dimension.
+
+    Raises:
+        ValueError: with both lengths.
+    """
+    if len(genotype) != dimension:
+        raise ValueError(f"a genotype of this space has {dimension} numbers, not {len(genotype)}")
+
+
 class Variation(Protocol):
     """How a space changes genotypes where their numbers mean something together only."""
 

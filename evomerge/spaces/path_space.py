@@ -12,7 +12,7 @@ from evomerge.recipe import Hop, Merge, Recipe, Source
 from evomerge.spaces.baselines import recipe_models, whole_model
 from evomerge.spaces.describe import describe_recipe
 from evomerge.spaces.edits import Edits
-from evomerge.spaces.genotype import Genotype, Variation
+from evomerge.spaces.genotype import Genotype, Variation, check_length
 from evomerge.spaces.indicators import Indicators
 from evomerge.spaces.paths import Step
 from evomerge.spaces.units import to_value
@@ -89,8 +89,7 @@ class PathSpace:
         Raises:
             ValueError: wrong length, or a number outside its coordinate's domain.
         """
-        if len(genotype) != self.dimension:
-            raise ValueError(f"a genotype of this space has {self.dimension} numbers, not {len(genotype)}")
+        check_length(genotype, self.dimension)
         for coordinate, number in zip(self.coordinates, genotype, strict=True):
             to_value(coordinate, number)
         return self._recipe(self._genome.steps(genotype))
