@@ -19,15 +19,17 @@ class WorkingMemory:
     """Bytes beside the live model, about.
 
     Attributes:
-        keys_and_values: of growing texts and of kept prefixes; None where the engine takes a share of the device
-            that it is told by its own options.
+        keys_and_values: of growing texts, of prompts on their way there and of kept prefixes; None where the engine
+            takes a share of the device that it is told by its own options.
         logits: of the positions that are scored at once.
         activations: of one forward pass.
+        one_text: the part of `keys_and_values` without which there is no answer: those of the longest text.
     """
 
     keys_and_values: int | None
     logits: int
     activations: int
+    one_text: int = 0
 
     @property
     def total(self) -> int:
@@ -36,7 +38,13 @@ class WorkingMemory:
 
 
 def working_memory(
-    settings: EngineConfig, config: Mapping[str, Any], width: int, *, growing_tokens: int, prefix_tokens: int
+    settings: EngineConfig,
+    config: Mapping[str, Any],
+    width: int,
+    *,
+    growing_tokens: int,
+    prefix_tokens: int,
+    layers: int | None = None,
 ) -> WorkingMemory:
     """Return about what an engine works in.
 
@@ -46,6 +54,7 @@ def working_memory(
         width: bytes of a weight.
         growing_tokens: length of the longest text with what is generated; 0 where nothing is.
         prefix_tokens: of the longest prefix that may be kept.
+        layers: how many the live model has; by default as many as the config says.
     """
     hidden = int(config.get("hidden_size") or config.get("n_embd") or 0)
     wide = int(config.get("intermediate_size") or config.get("n_inner") or 4 * hidden)
@@ -63,16 +72,20 @@ def working_memory(
     from evomerge.engines.prefixes import KEPT_BYTES
 
     device = str(settings.device)
-    per_token = _token_bytes(config, width)
-    growing = min(SLOT_BYTES.get(device, 2**30), ROWS.get(device, 64) * growing_tokens * per_token)
+    per_token = _token_bytes(config, width, layers)
+    one_text = max(growing_tokens, prefix_tokens) * per_token
+    growing = 0
+    if growing_tokens:
+        rows = min(SLOT_BYTES.get(device, 2**30), ROWS.get(device, 64) * growing_tokens * per_token)
+        growing = max(one_text, rows) + max(tokens, prefix_tokens) * per_token
     kept = min(KEPT_BYTES, prefix_tokens * per_token)
-    rows = min(tokens, max(1, LOGITS_AT_ONCE.get(device, 2**22) // max(1, vocabulary)))
-    return WorkingMemory(growing + kept, rows * vocabulary * 4 * _LOGIT_COPIES, activations)
+    scored = min(tokens, max(1, LOGITS_AT_ONCE.get(device, 2**22) // max(1, vocabulary)))
+    return WorkingMemory(growing + kept, scored * vocabulary * 4 * _LOGIT_COPIES, activations, one_text)
 
 
-def _token_bytes(config: Mapping[str, Any], width: int) -> int:
+def _token_bytes(config: Mapping[str, Any], width: int, layers: int | None) -> int:
     """Return the bytes of one token's keys and values in all layers."""
-    layers = int(config.get("num_hidden_layers") or config.get("n_layer") or 0)
+    layers = layers or int(config.get("num_hidden_layers") or config.get("n_layer") or 0)
     heads = int(config.get("num_attention_heads") or config.get("n_head") or 1)
     hidden = int(config.get("hidden_size") or config.get("n_embd") or 0)
     pairs = int(config.get("num_key_value_heads") or heads)

@@ -22,10 +22,10 @@ from transformers import __version__ as transformers_version
 from transformers.initialization import no_init_weights
 
 from evomerge.checkpoints import Checkpoint
-from evomerge.checkpoints.names import parse
 from evomerge.errors import CheckpointError
 from evomerge.merging.binding import bind
 from evomerge.merging.execute import CHUNK, execute
+from evomerge.merging.paths import path_room
 from evomerge.merging.plan import MergePlan, TensorJob, plan_merge
 from evomerge.merging.sinks import LiveSink
 from evomerge.merging.streams import Residents
@@ -222,7 +222,7 @@ class Materializer:
             plan,
             lambda sink, jobs: self._execute(plan, sink, jobs),
             generation=plan.generation or self._checkpoints[plan.donor].path,
-            room=_room(recipe, plan, self._checkpoints),
+            room=path_room(plan, _layers_of_sources(recipe, self._checkpoints)),
         )
         return self._model
 
@@ -243,11 +243,6 @@ def _ranked(jobs: Iterable[TensorJob]) -> dict[str, TensorJob]:
     return {job.name: job for job in jobs if (job.values or {}).get("trim") == "global"}
 
 
-def _room(recipe: Recipe, plan: MergePlan, checkpoints: Mapping[str, Checkpoint]) -> int:
-    """Return what all layers of a recipe's sources hold, and its folded tensors, in bytes."""
+def _layers_of_sources(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> int:
     sources = dict.fromkeys(str(hop.model or hop.merge) for hop in recipe.path or ()) or recipe.merges
-    layers = sum(checkpoints[donor_of(recipe, source)].num_layers for source in sources)
-    inside = [job for job in plan.jobs if isinstance(parse(job.name).position, int)]
-    hops = len({parse(job.name).position for job in inside})
-    folded = sum(job.nbytes for job in plan.jobs if job.factor != 1.0)
-    return plan.nbytes + folded + layers * sum(job.nbytes for job in inside) // max(1, hops)
+    return sum(checkpoints[donor_of(recipe, source)].num_layers for source in sources)

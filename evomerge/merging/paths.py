@@ -19,7 +19,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from evomerge.checkpoints import Checkpoint
 from evomerge.checkpoints.compatibility import rope_settings
@@ -28,6 +28,9 @@ from evomerge.checkpoints.model_config import text_config
 from evomerge.checkpoints.names import Position, parse
 from evomerge.errors import CheckpointError, UserError
 from evomerge.recipe import Hop
+
+if TYPE_CHECKING:
+    from evomerge.merging.plan import ModelPlan
 
 SAFE_PRODUCT = 8.0
 
@@ -215,6 +218,25 @@ def fold_scales(path: Sequence[Hop], donors: Sequence[Checkpoint]) -> tuple[Fold
     last = _FORMS.get(str(donors[-1].text_config.get("model_type")))
     sign = math.copysign(1.0, products[-1])
     return Folding(tuple(layers), _of_norm(sign, last is not None and last.unit)), tuple(warnings)
+
+
+def path_room(plan: ModelPlan, layers: int, *, hops: int | None = None) -> int:
+    """Return the bytes that layer paths may keep: all layers of their sources, each once, and what is folded.
+
+    Scales make other tensors with each path; those of a path's length are then kept besides, to be used again.
+
+    Args:
+        plan: of a path.
+        layers: how many its sources have together.
+        hops: reckon as for a path so long; by default the plan's.
+    """
+    inside = [job for job in plan.jobs if isinstance(parse(job.name).position, int)]
+    here = max(1, len({parse(job.name).position for job in inside}))
+    hops = hops or here
+    whole = sum(job.nbytes for job in inside)
+    folded = sum(job.nbytes for job in inside if job.factor != 1.0)
+    besides = hops * (whole + folded) // here if folded else 0
+    return plan.nbytes - whole + layers * whole // here + besides
 
 
 @lru_cache(maxsize=64)

@@ -15,6 +15,7 @@ from evomerge.errors import UserError
 from evomerge.evaluation.requests import Generation, Rolling
 from evomerge.memory import available_memory, copy_bandwidth
 from evomerge.merging import MergePlan, plan_merge
+from evomerge.merging.paths import path_room
 from evomerge.spaces import PathSpace
 
 if TYPE_CHECKING:
@@ -44,8 +45,8 @@ class Memory:
         swap_bytes: read and written when a worker goes from one candidate to the next.
         bandwidth: bytes per second that one thread moves here; for a GPU about as many go to it.
         swap_seconds: `swap_bytes` at that rate; a method that computes more than it moves takes longer.
-        shared_layers: whether candidates are layer paths, which share what they have in common; sizes are then the most
-            that there can be.
+        longest_path: layers of the longest path, where candidates are layer paths; sizes are then the most that there
+            can be. Paths share the layers that they have in common; each hop has keys and values of its own.
         measured_swap_seconds, measured_swap_share: of a run that has begun: the mean, and its share in the time
             that workers spent.
     """
@@ -64,7 +65,7 @@ class Memory:
     swap_bytes: int
     bandwidth: float
     swap_seconds: float
-    shared_layers: bool = False
+    longest_path: int | None = None
     measured_swap_seconds: float | None = None
     measured_swap_share: float | None = None
 
@@ -89,7 +90,7 @@ class Memory:
         elif self.gpus:
             free = f", {' + '.join(map(size, self.gpus))} there"
         kept = "kept in the page cache" if self.parents_in == "page cache" else "read from disk each time"
-        most = "at most " if self.shared_layers else ""
+        most = "" if self.longest_path is None else "at most "
         swap = f"moves {most}{size(self.swap_bytes)}, about {_seconds(self.swap_seconds)} at {size(self.bandwidth)}/s"
         if self.measured_swap_seconds is not None and self.measured_swap_share is not None:
             swap = (
@@ -98,10 +99,15 @@ class Memory:
             )
         return [
             f"  memory      {len(self.parents)} parents, {size(self.parent_bytes)} on disk, {kept}; {count} live model "
-            f"{most}{size(self.live_bytes)} in {self.live_in}, with about {cache}{size(works.logits)} logits, "
+            f"{most}{size(self.live_bytes)} in {self.live_in}, {self._depth}with about {cache}"
+            f"{size(works.logits)} logits, "
             f"{size(works.activations)} activations{free}",
             f"  swap        {swap}",
         ]
+
+    @property
+    def _depth(self) -> str:
+        return "" if self.longest_path is None else f"paths of up to {self.longest_path} layers, "
 
     def warnings(self) -> list[str]:
         """Return what may go wrong, one sentence each."""
@@ -131,16 +137,23 @@ def plan_memory(setup: Setup, *, measured: tuple[float, float] | None = None) ->
     """
     config = setup.config
     space = setup.paths or setup.space
-    # Layer paths share their layers: at most, all of them are there.
-    largest = space.probe() if isinstance(space, PathSpace) else setup.baselines["initial"]
-    plan = plan_merge(largest, setup.checkpoints)
-    working = _working(setup, plan)
+    if isinstance(space, PathSpace):
+        assert config.layers is not None, "the config searches layer paths"
+        searched, longest = config.layers, space.longest
+        plan = plan_merge(space.probe(scale=1.0 if searched.scale == 1.0 else 0.5), setup.checkpoints)
+        layers = len(searched.pool) * setup.checkpoints[plan.donor].num_layers
+        live = path_room(plan, layers, hops=longest)
+    else:
+        longest = None
+        plan = plan_merge(setup.baselines["initial"], setup.checkpoints)
+        live = plan.nbytes
+    working = _working(setup, plan, longest)
     gpus = _gpus() if config.engine.device == "cuda" else ()
     per_gpu = max(1, int(1 / _gpus_per_worker(config))) if gpus else 1
     available = available_memory() if config.workers.address is None else None
     on_gpu = config.engine.device == "cuda"
     process = 0 if config.workers.type == "local" else PROCESS_BYTES
-    on_host = process + (0 if on_gpu else plan.nbytes + working.total)
+    on_host = process + (0 if on_gpu else live + working.total)
     workers = _workers(config, gpus, on_host, available)
     parents = _file_bytes(setup)
     left = None if available is None else available - (workers or 1) * on_host
@@ -151,7 +164,7 @@ def plan_memory(setup: Setup, *, measured: tuple[float, float] | None = None) ->
         parent_bytes=parents,
         parents_in="disk" if left is not None and parents > left else "page cache",
         workers=workers,
-        live_bytes=plan.nbytes,
+        live_bytes=live,
         live_in="GPU memory" if on_gpu else "host memory",
         working=working,
         process_bytes=process,
@@ -161,38 +174,38 @@ def plan_memory(setup: Setup, *, measured: tuple[float, float] | None = None) ->
         swap_bytes=moved,
         bandwidth=bandwidth,
         swap_seconds=(moved + (2 * plan.nbytes if on_gpu else 0)) / bandwidth,
-        shared_layers=isinstance(space, PathSpace),
+        longest_path=longest,
         measured_swap_seconds=None if measured is None else measured[0],
         measured_swap_share=None if measured is None else measured[1],
     )
 
 
 def check_fits(memory: Memory) -> None:
-    """Refuse live models that exceed the memory they are to be in.
+    """Refuse live models that exceed the memory they are to be in, be it only with the texts that they read.
 
     Raises:
         UserError: with what to change.
     """
-    live, count = memory.live_bytes, memory.workers or 1
-    if memory.live_in == "GPU memory":
-        if not memory.gpus:
-            return
-        smallest = min(memory.gpus)
-        if live * memory.workers_per_gpu <= smallest:
-            return
-        shared = memory.workers_per_gpu > 1
-        raise UserError(
-            f"workers.gpus: {memory.workers_per_gpu} live model{'s' if shared else ''} of {size(live)} cannot fit into "
-            f"a GPU of {size(smallest)}; "
-            + ("give each worker a larger share of it" if shared and live <= smallest else _smaller(memory))
-        )
-    if memory.host_available is None or live * count <= memory.host_available:
+    gpu = memory.live_in == "GPU memory"
+    together = memory.workers_per_gpu if gpu else memory.workers or 1
+    room = min(memory.gpus, default=None) if gpu else memory.host_available
+    least = memory.live_bytes + memory.working.one_text
+    if room is None or together * least <= room:
         return
-    fit = memory.host_available // live
+    models = f"{together} live model{'s' if together > 1 else ''} of {size(memory.live_bytes)}"
+    if together * memory.live_bytes <= room:
+        depth = "" if memory.longest_path is None else f" in a path of {memory.longest_path} layers"
+        each = "each with" if together > 1 else "with"
+        models += f", {each} {size(memory.working.one_text)} of keys and values of the longest text{depth},"
+    fit = room // least
+    if gpu:
+        raise UserError(
+            f"workers.gpus: {models} cannot fit into a GPU of {size(room)}; "
+            + ("give each worker a larger share of it" if fit else _smaller(memory, room))
+        )
     raise UserError(
-        f"workers.count: {count} live model{'s' if count > 1 else ''} of {size(live)} cannot fit into the "
-        f"{size(memory.host_available)} of host memory that are available; "
-        + (f"lower it to {fit} or less" if fit else _smaller(memory))
+        f"workers.count: {models} cannot fit into the {size(room)} of host memory that are available; "
+        + (f"lower it to {fit} or less" if fit else _smaller(memory, room))
     )
 
 
@@ -210,10 +223,16 @@ def size(number: float) -> str:
     return f"{number:.3g} TB"
 
 
-def _smaller(memory: Memory) -> str:
+def _smaller(memory: Memory, room: int) -> str:
+    if memory.live_bytes > room:
+        shorter = ""
+    elif memory.longest_path is None:
+        shorter = "set a shorter engine.max_length, "
+    else:
+        shorter = "lower max_layers of the space, set a shorter engine.max_length, "
     return (
-        "write a shorter number format (output.dtype: bfloat16), merge smaller models, or use a machine with more "
-        + memory.live_in
+        f"{shorter}write a shorter number format (output.dtype: bfloat16), merge smaller models, or use a machine with "
+        f"more {memory.live_in}"
     )
 
 
@@ -221,7 +240,7 @@ def _seconds(seconds: float) -> str:
     return f"{seconds:.2g} s" if seconds < 100 else f"{seconds:.0f} s"
 
 
-def _working(setup: Setup, plan: MergePlan) -> WorkingMemory:
+def _working(setup: Setup, plan: MergePlan, layers: int | None) -> WorkingMemory:
     prompts = [0]
     grown = [0]
     for request in setup.suite.requests():
@@ -236,6 +255,7 @@ def _working(setup: Setup, plan: MergePlan) -> WorkingMemory:
         plan.dtype.itemsize,
         growing_tokens=min(longest, max(grown)),
         prefix_tokens=min(longest, math.ceil(max(prompts) / CHARACTERS_PER_TOKEN)),
+        layers=layers,
     )
 
 

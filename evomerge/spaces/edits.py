@@ -59,6 +59,7 @@ class Edits:
     Attributes:
         coordinates: for each slot its kind, place, model, layer, length and, where they are searched, two scales.
         initial: no edits.
+        longest: layers of the longest path.
     """
 
     def __init__(self, space: LayerSpace, layers: int) -> None:
@@ -94,6 +95,8 @@ class Edits:
         self._width = len(self.coordinates) // space.max_edits
         self._slots = space.max_edits
         self.initial: Genotype = tuple(c.initial for c in self.coordinates)
+        inserted = space.max_edits * self._longest
+        self.longest = min(self._high, layers + inserted, self._models * layers * space.repeats)
 
     def steps(self, genotype: Genotype) -> tuple[Step, ...]:
         """Return the path of a genotype."""

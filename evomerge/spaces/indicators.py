@@ -32,6 +32,7 @@ class Indicators:
     Attributes:
         coordinates: one choice (off, on) for each free slot, then one scale for each layer of the pool.
         initial: the first model's layers in order.
+        longest: layers of the longest path.
     """
 
     def __init__(self, space: LayerSpace, layers: int) -> None:
@@ -64,6 +65,7 @@ class Indicators:
                 for layer in range(layers)
             ]
         self.initial: Genotype = tuple(c.initial for c in self.coordinates)
+        self.longest = min(self._high, len(self._slots) + 2)
 
     def steps(self, genotype: Genotype) -> tuple[Step, ...]:
         """Return the path of a genotype."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from evomerge.config import Config
@@ -32,6 +33,7 @@ class PathSpace:
         coordinates, initial: as the genome lays them out (`Edits`, `Indicators`).
         variation: the genome's.
         anchor: the recipe of the pool's first model, with `stop_early`.
+        longest: layers of the longest path that a genotype may stand for.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class PathSpace:
             raise UserError(f"{at(file)}{self._where}.{error}") from None
         self.coordinates = tuple(self._genome.coordinates)
         self.initial = self._genome.initial
+        self.longest = self._genome.longest
         self.variation: Variation | None = self._genome
         stands = self._space.pool[0] != MERGED or merged is not None
         self.anchor: Recipe | None = self._first() if self._space.stop_early and stands else None
@@ -102,11 +105,12 @@ class PathSpace:
         """Return a recipe with every layer of every model of the pool, to see whether they can share a path.
 
         Args:
-            scale: of the last jump.
+            scale: of the second hop, so that all that follow take it up.
         """
         models = range(len(self._space.pool))
         steps = [Step(model, layer) for model in models for layer in range(self._layers)]
-        return self._recipe([*steps, Step(0, self._layers - 1, scale)])
+        steps[1] = replace(steps[1], scale=scale)
+        return self._recipe([*steps, Step(0, self._layers - 1)])
 
     def penalty(self, recipe: Recipe) -> float:
         """Return `length_penalty` for each layer more than one model has; negative for a shorter path."""

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import yaml
 
 from evomerge import memory as machine
+from evomerge.checkpoints.tokenizer import load_tokenizer
 from evomerge.cli import main
 from evomerge.config import Config, load_config
+from evomerge.engines import open_host
 from evomerge.errors import UserError
 from evomerge.memory import available_memory, copy_bandwidth
+from evomerge.merging import Materializer
+from evomerge.recipe import Hop, Recipe
 from evomerge.searching import memory as planned
 from evomerge.searching.memory import check_fits, plan_memory, size
 from evomerge.searching.run import executor_for, resume, search
 from evomerge.searching.setup import Setup, set_up
+from tests.allocations import Allocations
+from tests.models import make_family
 from tests.tasks import make_config
 
 GIB = 1 << 30
@@ -68,17 +77,100 @@ def test_layer_paths_hold_all_layers_of_the_pool_at_most(config: Path, family: d
             layers[number] = layers.get(number, 0) + entry["data_offsets"][1] - entry["data_offsets"][0]
     space = "space={type: layers, pool: [a, b]}"
     memory = plan_memory(setup_of(config, space, "optimizer={}"))
-    assert memory.shared_layers
-    # The last layer stands twice in what is planned.
     both = one + sum(layers.values())
-    assert both <= memory.live_bytes <= both + max(layers.values())
+    assert memory.live_bytes == both
     assert "live model at most" in memory.lines()[0]
     assert "moves at most" in memory.lines()[1]
     searched = "coefficients: {method: linear, parameters: {weight: {range: [0, 1], per: expert}}}"
     space = f"space={{type: coefficients+layers, {searched}, layers: {{pool: [a, merged]}}}}"
     memory = plan_memory(setup_of(config, space, "optimizer={type: random}"))
-    assert memory.shared_layers
-    assert both <= memory.live_bytes <= both + max(layers.values())
+    assert memory.live_bytes == both
+
+
+@pytest.fixture
+def talkers(tmp_path: Path, tasks: Path) -> Path:
+    """A search over paths of up to 12 layers, through two models of four, that answer in up to 16 tokens."""
+    family = make_family(tmp_path / "long", hidden=64)
+    config = make_config(
+        tmp_path,
+        family,
+        shutil.copytree(tasks, tmp_path / "asked"),
+        space={"type": "layers", "pool": ["a", "b"], "repeats": 4, "max_layers": 12},
+        optimizer={"type": "edits", "population": 6},
+        suite={"include": ["./asked"], "tasks": [{"task": "tiny_a", "metric": "exact_match"}]},
+    )
+    task = tmp_path / "asked" / "tiny_a.yaml"
+    kind = {"output_type": "generate_until", "doc_to_target": "{{choices[0]}}"}
+    kwargs = {"until": ["\n\n\n"], "max_gen_toks": 16, "do_sample": False}
+    metric = {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}
+    changed = yaml.safe_load(task.read_text()) | kind | {"generation_kwargs": kwargs, "metric_list": [metric]}
+    del changed["doc_to_choice"]
+    task.write_text(yaml.safe_dump(changed))
+    return config
+
+
+def measured(setup: Setup, layers: int) -> tuple[int, int]:
+    """Hold a path of so many layers and answer all questions; return the bytes of weights and of the work."""
+    hops = [("a", 0), *(((("a", "b")[i // 4 % 2]), i % 4) for i in range(1, layers - 1)), ("a", 3)]
+    recipe = setup.space.decode(setup.space.initial)
+    models = {name: setup.sources[name] for name in "ab"}
+    path = tuple(Hop(model=model, layer=layer) for model, layer in hops)
+    recipe = Recipe(models=models, path=path, output=recipe.output)
+    host = open_host(setup.config.engine, setup.checkpoints, load_tokenizer(setup.checkpoints["a"].path))
+    engine = host.hold(recipe)
+    weights = {tensor.data_ptr(): tensor.nbytes for tensor in engine.model.parameters()}  # type: ignore[attr-defined]
+    with Allocations() as work:
+        engine.generate(list(setup.suite.requests()))
+    host.close()
+    return sum(weights.values()), work.peak
+
+
+def test_the_deepest_path_is_counted_not_the_first_model(talkers: Path) -> None:
+    setup = setup_of(talkers)
+    memory = plan_memory(setup)
+    assert memory.longest_path == 12
+    assert "paths of up to 12 layers" in memory.lines()[0]
+    weights, work = measured(setup, 12)
+    assert memory.live_bytes == weights
+    assert work / 2 < memory.working.total < 2 * work
+    shallow = plan_memory(setup_of(talkers, "space={type: layers, pool: [a, b], max_layers: 4}"))
+    _, work = measured(setup, 4)
+    assert work / 2 < shallow.working.total < 2 * work
+    assert memory.working.keys_and_values == 3 * (shallow.working.keys_and_values or 0)
+
+
+def test_scales_keep_folded_matrices_besides(talkers: Path) -> None:
+    setup = setup_of(talkers, "space.scale={range: [0.5, 2.0]}")
+    materializer = Materializer(setup.checkpoints)
+    numbers = np.random.default_rng(0)
+    space, genotype = setup.space, setup.space.initial
+    assert space.variation is not None
+    for _ in range(60):
+        genotype = space.variation.mutate(genotype, numbers)
+        materializer.materialize(space.decode(genotype))
+    plain = plan_memory(setup_of(talkers)).live_bytes
+    assert plain < materializer.shared_bytes <= plan_memory(setup).live_bytes
+
+
+def test_memory_that_cannot_hold_the_deepest_path_is_refused(
+    talkers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    memory = plan_memory(setup_of(talkers))
+    text = memory.working.one_text
+    assert text > plan_memory(setup_of(talkers, "space.max_layers=4")).working.one_text
+    limited(monkeypatch, memory.live_bytes + text - 1)
+    for command in (["plan"], ["search", "--run", str(tmp_path / "run")]):
+        assert main([command[0], str(talkers), *command[1:]]) == 2
+        assert capsys.readouterr().err.strip().splitlines()[-1] == (
+            f"evomerge: workers.count: 1 live model of {size(memory.live_bytes)}, with {size(text)} of keys and values "
+            f"of the longest text in a path of 12 layers, cannot fit into the {size(memory.live_bytes + text - 1)} of "
+            "host memory that are available; lower max_layers of the space, set a shorter engine.max_length, write a "
+            "shorter number format (output.dtype: bfloat16), merge smaller models, or use a machine with more host "
+            "memory"
+        )
+    assert not (tmp_path / "run").exists()
+    limited(monkeypatch, memory.live_bytes + text)
+    assert main(["plan", str(talkers)]) == 0
 
 
 def test_the_plan_says_it_in_words_and_numbers(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -174,7 +266,8 @@ def on_gpus(setup: Setup, **workers: object) -> Setup:
 def test_live_models_share_a_gpu_only_if_they_fit(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     setup = setup_of(config)
     live = plan_memory(setup).live_bytes
-    monkeypatch.setattr(planned, "_gpus", lambda: (3 * live, 2 * live))
+    least = live + plan_memory(setup).working.one_text
+    monkeypatch.setattr(planned, "_gpus", lambda: (3 * least, 2 * least))
     memory = plan_memory(on_gpus(setup))
     assert (memory.live_in, memory.workers_per_gpu) == ("GPU memory", 1)
     assert memory.worker_host_bytes == memory.process_bytes

@@ -84,7 +84,7 @@ def test_every_genotype_is_a_path_within_the_limits(data: Any) -> None:
     first = options["pool"][0]
     assert hops[0] == (first, 0, 1.0)
     assert hops[-1][:2] == (first, layers - 1)
-    assert options["min_layers"] <= len(hops) <= options["max_layers"]
+    assert options["min_layers"] <= len(hops) <= space.longest <= options["max_layers"]
     most = max(Counter((model, layer) for model, layer, _ in hops).values())
     # The last layer of a path of indicators stands behind its repetitions.
     assert most <= options["repeats"] + (options["genome"] == "indicators")
@@ -97,6 +97,15 @@ def test_every_genotype_is_a_path_within_the_limits(data: Any) -> None:
             assert scale == 1
     products = np.cumprod([scale for *_, scale in hops])
     assert all(1 / 8 <= p <= 8 for p in products)
+
+
+def test_the_longest_path_is_one_that_there_is() -> None:
+    space = make_space(genome="indicators", repeats=1, max_layers=12)
+    everything = tuple(1.0 for _ in space.coordinates)
+    assert len(hops_of(space, everything)) == space.longest == 12
+    assert make_space(genome="indicators", repeats=1, max_layers=40).longest == 13
+    assert make_space(repeats=1, max_edits=4, max_layers=40).longest == 12
+    assert make_space(repeats=3, max_edits=2, max_layers=40).longest == 6 + 2 * 3
 
 
 @settings(max_examples=100, deadline=None)
@@ -338,7 +347,7 @@ def test_a_path_through_a_merge_names_it_and_the_whole_merge_is_itself() -> None
     assert [(hop.merge, hop.model) for hop in path] == [("merged", None)] * 6 + [(None, "b")] * 6 + [
         ("merged", None)
     ]
-    assert path[-1].scale == 2.0
+    assert [hop.scale for hop in path] == [1.0, 2.0] + [1.0] * 11
     assert space.probe().merges == merged.merges
 
 
