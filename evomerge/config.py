@@ -138,6 +138,7 @@ class Engine(Frozen):
         dtype: number format of the live model; that of `output`, since what is scored is what is exported.
         batch_tokens: token budget of one forward pass.
         max_length: longest input, in tokens; the model's own length by default.
+        prefix_sharing: what layer paths that begin alike may keep of each other, in GB for each worker; 0: nothing.
         options: of vLLM's engine arguments, those that are not decided by the rest of the config.
     """
 
@@ -146,13 +147,19 @@ class Engine(Frozen):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     batch_tokens: Auto | Positive = "auto"
     max_length: Positive | None = None
+    prefix_sharing: Auto | Annotated[Number, Field(ge=0)] = "auto"
     options: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
-    def _options_of_vllm(self) -> Engine:
+    def _of_its_type(self) -> Engine:
         if self.options and self.type != "vllm":
             raise ValueError(
                 f"options: {shown(next(iter(self.options)))} is for vLLM; write type: vllm, or leave it out"
+            )
+        if self.type == "vllm" and self.prefix_sharing not in ("auto", 0):
+            raise ValueError(
+                f"prefix_sharing: {shown(self.prefix_sharing)} is not for vLLM, which runs all layers of a candidate; "
+                "leave it out, or write type: hf"
             )
         return self
 

@@ -32,14 +32,14 @@ class BehindPrefix(DynamicCache):  # type: ignore[misc]
     def __init__(self, prefix: KeyValues | None, *, keep: bool = False) -> None:
         super().__init__()
         self._prefix = prefix
-        self._keep = keep
+        self.keep = keep
         self.added: list[tuple[Tensor, Tensor]] = []
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Return prefix and new states of a layer."""
-        if self._keep:
+        if self.keep:
             if len(self.added) != layer_idx:
                 raise ValueError("layers must add their keys in order, each once")
             self.added.append((key_states, value_states))

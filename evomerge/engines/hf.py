@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,12 +15,16 @@ from evomerge.engines import inputs
 from evomerge.engines.decoding import GrowingText, Stops
 from evomerge.engines.encoding import Encoder
 from evomerge.engines.generation import Decoder, generate_plain, rows_at_once
+from evomerge.engines.hops import SharedHops
 from evomerge.engines.live import LiveModel
 from evomerge.engines.packing import VERSION, PromptBatch, ScoreBatch, pack_prompts, pack_scores
 from evomerge.engines.prefixes import Prefixes
 from evomerge.engines.scoring import score_all
-from evomerge.engines.trials import try_savings
+from evomerge.engines.trials import try_hops, try_savings
 from evomerge.evaluation.requests import Generated, Generation, Listener, Loglikelihood, Rolling
+
+if TYPE_CHECKING:
+    from evomerge.merging.live_paths import LivePath
 
 Plan = TypeVar("Plan")
 _KEPT_PLANS = 2048
@@ -66,6 +70,7 @@ class HFEngine:
         batch_tokens: token budget of one forward pass.
         max_length: longest input, in tokens; longer ones lose their beginning.
         device: where the model is.
+        hops: what layer paths share; nothing by default.
 
     Raises:
         CandidateFailed: the model's logits are not finite, so that the trial says nothing.
@@ -79,6 +84,7 @@ class HFEngine:
         batch_tokens: int,
         max_length: int | None = None,
         device: str | torch.device = "cpu",
+        hops: SharedHops | None = None,
     ) -> None:
         if batch_tokens < 1:
             raise ValueError(f"batch_tokens must be positive, not {batch_tokens}")
@@ -90,13 +96,24 @@ class HFEngine:
         self._encoder = Encoder(tokenizer)
         self._plans: OrderedDict[Any, tuple[Any, Any]] = OrderedDict()
         self._stops: dict[tuple[str, ...], Stops] = {}
-        self._live = LiveModel(model, self.device, self.max_length)
+        self._live = LiveModel(model, self.device, self.max_length, hops)
         self._prefixes = Prefixes(self._live)
         try_savings(self._live)
 
     def weights_changed(self) -> None:
         """Forget what was computed with the weights as they were."""
         self._prefixes.clear()
+
+    def follow(self, path: LivePath | None, branches: Collection[int]) -> None:
+        """Know which layers the model has now, so that what other paths have computed of them is used.
+
+        Args:
+            path: the layers; None: the model is no layer path.
+            branches: after how many hops waiting paths leave it.
+        """
+        if path is not None:
+            try_hops(self._live, path)
+        self._live.hops.begin(path, branches)
 
     def listen(self, listener: Listener) -> None:
         """Tell a listener, while requests are answered, how many more are."""

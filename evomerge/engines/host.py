@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from evomerge.config import Engine as EngineConfig
 from evomerge.evaluation.requests import Engine
@@ -13,18 +13,41 @@ if TYPE_CHECKING:
     from evomerge.checkpoints import Checkpoint
 
 
+class LayerEvaluations(NamedTuple):
+    """Layers times tokens.
+
+    Attributes:
+        computed: those that ran.
+        saved: those that were left out, since another layer path had come the same way.
+    """
+
+    computed: int = 0
+    saved: int = 0
+
+
+NO_LAYERS = LayerEvaluations()
+
+
 class Host(Protocol):
     """Holds one model, and makes its weights those of one recipe after another."""
 
-    def hold(self, recipe: Recipe) -> Engine:
+    def hold(self, recipe: Recipe, branches: Collection[int] = ()) -> Engine:
         """Make the weights be this recipe's, unless they are already; return the engine around them.
 
         An engine that was returned before answers with the new weights, or is of no more use.
+
+        Args:
+            recipe: whose weights.
+            branches: after how many hops the paths of waiting recipes leave this one's: what is worth keeping.
 
         Raises:
             CandidateFailed: the merged weights or their logits are not finite.
             UserError: the recipe does not fit the parents.
         """
+
+    @property
+    def layer_evaluations(self) -> LayerEvaluations:
+        """Those of all calls so far."""
 
     def close(self) -> None:
         """Let the model and its memory go. May be called twice."""

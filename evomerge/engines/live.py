@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from evomerge.engines.attention import BehindPrefix, KeyValues, Slots, masks, own_attention
+from evomerge.engines.hops import SharedHops
 from evomerge.engines.packing import Inputs
 from evomerge.evaluation.requests import Listener, unheard
 
@@ -34,8 +35,10 @@ class LiveModel:
         model: on `device`; put into eval mode.
         device: where it is.
         max_length: longest text, in tokens; a longer window is none.
+        hops: what paths share of their hops; nothing by default.
 
     Attributes:
+        hops: as given.
         splits_head: logits may be computed at chosen positions only.
         forks: explicit masks, prefixes and rows of their own for growing texts may be used; see `trials`.
         layer_bytes: of the keys and values of one token in one layer; found by the trial.
@@ -47,8 +50,11 @@ class LiveModel:
         listener: is told how many more requests are answered.
     """
 
-    def __init__(self, model: Any, device: torch.device, max_length: int) -> None:
+    def __init__(
+        self, model: Any, device: torch.device, max_length: int, hops: SharedHops | None = None
+    ) -> None:
         self.model = model.eval()
+        self.hops = hops or SharedHops()
         self.device = device
         self.max_length = max_length
         self.splits_head = False
@@ -113,7 +119,7 @@ class LiveModel:
         query_BL = column_B[:, None]
         visible_BLK = columns_K <= query_BL[:, :, None]
         mask = self._masks(visible_BLK, query_BL, columns_K[None])
-        return self._body(tokens_B[:, None], slots, attention_mask=mask, position_ids=query_BL)[:, 0]
+        return self._body(tokens_B[:, None], slots, 0, attention_mask=mask, position_ids=query_BL)[:, 0]
 
     def head(self, hidden_ND: Tensor) -> Tensor:
         """Return logits (N, V)."""
@@ -138,9 +144,12 @@ class LiveModel:
     def _hidden(self, inputs: Inputs, cache: Any) -> Tensor:
         if inputs.tree_BL is None or inputs.positions_BL is None:
             self.forget_length()
-            return self._body(inputs.ids_BL, cache)
-        mask = self._masks(inputs.visible_BLK(), inputs.positions_BL, inputs.key_positions_BK())
-        return self._body(inputs.ids_BL, cache, attention_mask=mask, position_ids=inputs.positions_BL)
+            masked = {}
+        else:
+            mask = self._masks(inputs.visible_BLK(), inputs.positions_BL, inputs.key_positions_BK())
+            masked = {"attention_mask": mask, "position_ids": inputs.positions_BL}
+        with self.hops.left_out(inputs, cache) as known:
+            return self._body(inputs.ids_BL, cache, known, **masked)
 
     def _masks(self, visible_BLK: Tensor, query_BL: Tensor, key_BK: Tensor) -> Any:
         assert self.windows is not None
@@ -149,7 +158,10 @@ class LiveModel:
             visible_BLK, query_BL, key_BK, windows=self.windows, additive=self.dtype if eager else None
         )
 
-    def _body(self, ids_BL: Tensor, cache: Any, **inputs: Any) -> Tensor:
+    def _body(self, ids_BL: Tensor, cache: Any, known: int, **inputs: Any) -> Tensor:
+        """Run all layers but the first `known`, which `hops` has made stand aside."""
+        self.hops.computed += ids_BL.numel() * (self.depth - known)
+        self.hops.saved += ids_BL.numel() * known
         kept = {} if cache is None else {"past_key_values": cache}
         with own_attention(self.config) if inputs else nullcontext():
             out = self.model.base_model(input_ids=ids_BL, use_cache=cache is not None, **kept, **inputs)

@@ -24,17 +24,19 @@ class WorkingMemory:
         logits: of the positions that are scored at once.
         activations: of one forward pass.
         one_text: the part of `keys_and_values` without which there is no answer: those of the longest text.
+        beginnings: at most, of what layer paths that begin alike share.
     """
 
     keys_and_values: int | None
     logits: int
     activations: int
     one_text: int = 0
+    beginnings: int = 0
 
     @property
     def total(self) -> int:
         """All together, as far as it is known."""
-        return (self.keys_and_values or 0) + self.logits + self.activations
+        return (self.keys_and_values or 0) + self.logits + self.activations + self.beginnings
 
 
 def working_memory(
@@ -45,6 +47,7 @@ def working_memory(
     growing_tokens: int,
     prefix_tokens: int,
     layers: int | None = None,
+    shared_tokens: int = 0,
 ) -> WorkingMemory:
     """Return about what an engine works in.
 
@@ -55,6 +58,7 @@ def working_memory(
         growing_tokens: length of the longest text with what is generated; 0 where nothing is.
         prefix_tokens: of the longest prefix that may be kept.
         layers: how many the live model has; by default as many as the config says.
+        shared_tokens: what each candidate of a generation reads; 0 where candidates are no layer paths.
     """
     hidden = int(config.get("hidden_size") or config.get("n_embd") or 0)
     wide = int(config.get("intermediate_size") or config.get("n_inner") or 4 * hidden)
@@ -68,6 +72,7 @@ def working_memory(
         return WorkingMemory(cache, tokens * vocabulary * 4 * _LOGIT_COPIES, activations)
     # Imported here: they need torch, and other engines do without.
     from evomerge.engines.generation import ROWS, SLOT_BYTES
+    from evomerge.engines.hops import budget
     from evomerge.engines.live import LOGITS_AT_ONCE
     from evomerge.engines.prefixes import KEPT_BYTES
 
@@ -80,7 +85,11 @@ def working_memory(
         growing = max(one_text, rows) + max(tokens, prefix_tokens) * per_token
     kept = min(KEPT_BYTES, prefix_tokens * per_token)
     scored = min(tokens, max(1, LOGITS_AT_ONCE.get(device, 2**22) // max(1, vocabulary)))
-    return WorkingMemory(growing + kept, scored * vocabulary * 4 * _LOGIT_COPIES, activations, one_text)
+    # All that is kept belongs to the beginnings of one path.
+    states = (layers or 0) * hidden * width + (per_token if growing_tokens else 0)
+    beginnings = min(budget(settings), shared_tokens * states)
+    logits = scored * vocabulary * 4 * _LOGIT_COPIES
+    return WorkingMemory(growing + kept, logits, activations, one_text, beginnings)
 
 
 def _token_bytes(config: Mapping[str, Any], width: int, layers: int | None) -> int:

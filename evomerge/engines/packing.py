@@ -5,8 +5,10 @@ Dimensions: B rows of a batch, L tokens of its longest row, P tokens of the pref
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +45,15 @@ class Inputs:
     tree_BL: Tensor | None = None
     branch_BL: Tensor | None = None
     positions_BL: Tensor | None = None
+
+    @cached_property
+    def digest(self) -> bytes:
+        """Hash of all of it: equal inputs have equal ones."""
+        laid = [self.ids_BL, self.tree_BL, self.branch_BL, self.positions_BL]
+        digest = hashlib.sha256(repr((self.prefix, self.ids_BL.shape)).encode())
+        for tensor in laid:
+            digest.update(b"-" if tensor is None else tensor.cpu().numpy().tobytes())
+        return digest.digest()
 
     def visible_BLK(self) -> Tensor:
         """Return what each token sees of prefix and row: bool, (B, L, P + L)."""

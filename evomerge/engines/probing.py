@@ -32,6 +32,7 @@ def probe_batch_tokens(
     longest: int,
     max_length: int,
     share: float = 1.0,
+    kept: int = 0,
     largest: int = LARGEST,
 ) -> int | None:
     """Find the token budget of one forward pass in a process of its own, which leaves nothing on the device.
@@ -43,6 +44,7 @@ def probe_batch_tokens(
         longest: tokens of the suite's longest text.
         max_length: longest input of the model.
         share: how much of the device's memory a worker has.
+        kept: bytes that an engine may keep besides prefixes and growing texts.
         largest: budget to try.
 
     Returns:
@@ -50,7 +52,7 @@ def probe_batch_tokens(
     """
     task = {
         "model": model, "dtype": dtype, "device": device, "longest": longest, "max_length": max_length,
-        "share": share, "largest": largest,
+        "share": share, "kept": kept, "largest": largest,
     }  # fmt: skip
     command = [sys.executable, "-m", "evomerge.engines.probing", json.dumps(task)]
     try:
@@ -79,7 +81,7 @@ def _probe(task: dict[str, Any]) -> int:
     if device.type == "cuda":
         room = _MARGIN * task["share"] * torch.cuda.mem_get_info(device)[1]
         # What prefixes and growing texts may hold while a batch is computed.
-        room -= KEPT_BYTES + SLOT_BYTES["cuda"]
+        room -= KEPT_BYTES + SLOT_BYTES["cuda"] + task["kept"]
     return largest_that_fits(
         lambda budget: fits(live, budget, longest=task["longest"], room=room), task["largest"]
     )

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from evomerge.engines.generation import Decoder
+from evomerge.engines.hops import SharedHops
 from evomerge.engines.live import SLIDING, LiveModel
 from evomerge.engines.packing import Inputs, pack_prompts, pack_scores
 from evomerge.engines.prefixes import Prefixes
 from evomerge.engines.scoring import score_batch
 from evomerge.errors import CandidateFailed
 from evomerge.losses import loss
+
+if TYPE_CHECKING:
+    from evomerge.merging.live_paths import LivePath
 
 _SHARED = 24
 _WINDOW = 5
@@ -30,6 +35,12 @@ def try_savings(live: LiveModel) -> None:
     """
     live.splits_head = _holds(lambda: _head_is_known(live))
     live.forks = live.splits_head and live.windows is not None and _holds(lambda: _states_are_known(live))
+
+
+def try_hops(live: LiveModel, path: LivePath) -> None:
+    """Find out whether a path's first layers may be left out where their outcome is known, and say so in `live`."""
+    if live.hops.on and live.hops.works is None:
+        live.hops.works = live.splits_head and _holds(lambda: _hops_are_known(live, path))
 
 
 def _holds(trial: Callable[[], bool]) -> bool:
@@ -99,6 +110,30 @@ def _states_are_known(live: LiveModel) -> bool:
             text = _logprobs(live, [*prompts[number], *new[number]])[len(prompts[number]) - 1 :]
             if not _close(grown, text, torch.finfo(live.dtype).eps):
                 return False
+    return True
+
+
+def _hops_are_known(live: LiveModel, path: LivePath) -> bool:
+    """Whether hidden states, keys and values are the same bits, however many of the first layers are left out."""
+    inputs = Inputs((), torch.arange(1, 6, device=live.device)[None])
+    own, depth = live.hops, len(path.layers)
+    try:
+        live.hops = SharedHops()
+        expected, pairs = live.hidden_and_added(inputs, None)
+        for hops in sorted({1, depth // 2, depth - 1, depth} - {0}):
+            live.hops = SharedHops(budget=2**40)
+            live.hops.begin(path, [hops])
+            for known in (0, hops):
+                before = live.hops.saved
+                hidden, added = live.hidden_and_added(inputs, None)
+                if live.hops.saved - before != known * inputs.ids_BL.numel() or len(added) != len(pairs):
+                    return False
+                ours = [hidden, *(state for pair in added for state in pair)]
+                theirs = [expected, *(state for pair in pairs for state in pair)]
+                if not all(map(torch.equal, ours, theirs)):
+                    return False
+    finally:
+        live.hops = own
     return True
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ import torch
 from evomerge.checkpoints.model_config import positions
 from evomerge.config import Engine as EngineConfig
 from evomerge.engines import vllm_options
+from evomerge.engines.host import LayerEvaluations
 from evomerge.engines.vllm import SPARE_TOKENS, Sentinel, VLLMEngine
 from evomerge.engines.vllm_check import Kind, answer_from_disk, write_weights
 from evomerge.errors import CandidateFailed, EngineLost, UserError
@@ -59,8 +60,10 @@ class VLLMHost:
         self._held = ""
         self._sentinels: dict[str, Sentinel] = {}
 
-    def hold(self, recipe: Recipe) -> VLLMEngine:
+    def hold(self, recipe: Recipe, branches: Collection[int] = ()) -> VLLMEngine:
         """See `Host.hold`; a new engine is started only where the model's shape changes.
+
+        Layer paths share no computation: vLLM runs all layers of a model as one.
 
         Raises:
             EngineLost: vLLM failed, or answers otherwise than it did before with the same weights.
@@ -80,6 +83,11 @@ class VLLMHost:
             raise EngineLost("vLLM answers otherwise than it did before with the same weights")
         self._held = recipe.hash
         return engine
+
+    @property
+    def layer_evaluations(self) -> LayerEvaluations:
+        """See `Host.layer_evaluations`; vLLM does not count them."""
+        return LayerEvaluations()
 
     def close(self) -> None:
         """See `Host.close`."""

@@ -36,7 +36,7 @@ from evomerge.statistics.files import Source
 from evomerge.statistics.needed import provide
 
 if TYPE_CHECKING:
-    from evomerge.merging.live_paths import SharedLayers
+    from evomerge.merging.live_paths import LivePath, SharedLayers
 
 
 def live_model(
@@ -165,6 +165,11 @@ class Materializer:
     def shared_bytes(self) -> int:
         """Size of the tensors that layer paths share, in bytes."""
         return 0 if self._shared is None else self._shared.nbytes
+
+    @property
+    def path(self) -> LivePath | None:
+        """The live model's layers, if they are shared."""
+        return None if self._shared is None else self._shared.path
 
     def materialize(self, recipe: Recipe) -> nn.Module:
         """Write a recipe's weights into the live model and return it.

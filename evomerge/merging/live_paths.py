@@ -10,6 +10,7 @@ of an export, bit for bit, because the same plan's jobs make them.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -42,11 +43,28 @@ Write = Callable[[LiveSink, Sequence[TensorJob]], None]
 """Carries out some of a plan's jobs."""
 
 
+@dataclass(frozen=True)
+class LivePath:
+    """The layers that a live model is at the moment.
+
+    Attributes:
+        layers: the model's own list.
+        beginnings: for none, the first, the first two, … of them a hash of all that their outcome depends on besides
+            the text: weights and settings, by content.
+    """
+
+    layers: nn.ModuleList
+    beginnings: tuple[bytes, ...]
+
+
 class SharedLayers:
     """Turns plans into live models that share their tensors.
 
     Args:
         device: where the tensors are.
+
+    Attributes:
+        path: the layers of the model that was returned last.
 
     The pool keeps what the last paths used, up to what all layers of a path's sources hold, and one path's
     folded matrices.
@@ -59,6 +77,7 @@ class SharedLayers:
         self._room = 0
         self._nothing = nn.Parameter(torch.empty(0, device="meta"), requires_grad=False)
         self._taken: list[tuple[nn.Module, str]] = []
+        self.path: LivePath | None = None
 
     @staticmethod
     def can_hold(plan: ModelPlan) -> bool:
@@ -85,22 +104,28 @@ class SharedLayers:
             room: bytes worth keeping for later plans.
         """
         self._let_go()
+        self.path = None
         tensors = _Tensors(plan)
         shell = self._shell(plan, tensors, generation)
         set_generation(shell.model, generation)
         shell.become(plan, tensors)
-        wanted = [
-            (module, place, jobs, _content(place, jobs, tensors.context))
+        by_module = [
+            [
+                (module, place, jobs, _content(place, jobs, tensors.context))
+                for place in places
+                for jobs in [[of_name[part.name] for part in place.parts]]
+            ]
             for module, places, of_name in shell.modules(tensors)
-            for place in places
-            for jobs in [[of_name[part.name] for part in place.parts]]
         ]
+        wanted = [tensor for module in by_module for tensor in module]
         needed = {content: (place, jobs) for _, place, jobs, content in wanted}
         self._room = max(self._room, room)
         self._make(needed, plan, write)
         for module, place, _, content in wanted:
             for path, attribute in place.owners:
                 self._give(module.get_submodule(path), attribute, self._pool[content])
+        contents = [[content for _, _, _, content in module] for module in by_module]
+        self.path = LivePath(shell.layers, _beginnings(shell.key, tensors.kinds, contents))
         return shell.model
 
     def _make(
@@ -149,7 +174,7 @@ class SharedLayers:
         ]
         key = json.dumps(shape, sort_keys=True, default=str)
         if key not in self._shells:
-            self._shells[key] = _Shell(plan, tensors, self._device, generation)
+            self._shells[key] = _Shell(key, plan, tensors, self._device, generation)
             for module, attribute in self._shells[key].tensors():
                 self._give(module, attribute, None)
         return self._shells[key]
@@ -229,6 +254,7 @@ class _Shell:
     """A model without weights: all but its layers, and the layers by kind and place.
 
     Args:
+        key: what its models have in common, in words.
         plan: of a model of this shape; one layer of each kind is built.
         tensors: the plan's jobs.
         device: where buffers are.
@@ -236,8 +262,14 @@ class _Shell:
     """
 
     def __init__(
-        self, plan: ModelPlan, tensors: _Tensors, device: torch.device, generation: Path | Mapping[str, Any]
+        self,
+        key: str,
+        plan: ModelPlan,
+        tensors: _Tensors,
+        device: torch.device,
+        generation: Path | Mapping[str, Any],
     ) -> None:
+        self.key = key
         picked = [tensors.kinds.index(kind) for kind in dict.fromkeys(tensors.kinds)]
         jobs = [*tensors.top.values()]
         for place, index in enumerate(picked):
@@ -274,6 +306,7 @@ class _Shell:
         self._configs = {id(config): config for config in configs if type(config) is type(own_config)}
         self._configs[id(own_config)] = own_config
         self._slots: dict[tuple[int, str], nn.Module] = {}
+        self.layers = nn.ModuleList()
 
     def tensors(self) -> Iterable[tuple[nn.Module, str]]:
         """Yield all that is to be filled, of the model as it was built."""
@@ -284,9 +317,9 @@ class _Shell:
 
     def become(self, plan: ModelPlan, tensors: _Tensors) -> None:
         """Take the layers of a plan's model, without their weights."""
-        layers = [self._slot(index, kind) for index, kind in enumerate(tensors.kinds)]
+        self.layers = nn.ModuleList(self._slot(index, kind) for index, kind in enumerate(tensors.kinds))
         before, _, name = self._list.rpartition(".")
-        setattr(self.model.get_submodule(before), name, nn.ModuleList(layers))
+        setattr(self.model.get_submodule(before), name, self.layers)
         settings = depth_settings(vars(live_config(plan.config).get_text_config()))
         for config in self._configs.values():
             # As a whole: transformers checks each assignment, and the settings agree only together.
@@ -346,3 +379,17 @@ def _content(place: _Place, jobs: Sequence[TensorJob], context: Content) -> Cont
     parts = tuple((part.start, job.content) for part, job in zip(place.parts, jobs, strict=True))
     depends = any((job.values or {}).get("trim") == "global" for job in jobs)
     return place.shape, place.dtype, parts, context if depends else ()
+
+
+def _beginnings(shell: str, kinds: Sequence[str], contents: Sequence[Sequence[Content]]) -> tuple[bytes, ...]:
+    """Return the hashes of `LivePath`.
+
+    Args:
+        shell: what is no layer and no tensor.
+        kinds: of the layers.
+        contents: of the tensors outside the layers, then of each layer's.
+    """
+    found = [hashlib.sha256(repr((shell, contents[0])).encode()).digest()]
+    for kind, layer in zip(kinds, contents[1:], strict=True):
+        found.append(hashlib.sha256(found[-1] + repr((kind, layer)).encode()).digest())
+    return tuple(found)

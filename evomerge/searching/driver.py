@@ -116,7 +116,9 @@ class Driver:
             self._preview()
             counts = self._store.counts()
             reporter.start_clock(
-                item_evaluations=counts["item_evaluations"], cached=counts["cached_item_evaluations"]
+                item_evaluations=counts["item_evaluations"],
+                cached=counts["cached_item_evaluations"],
+                layers=self._store.layer_evaluations(),
             )
             generations = self._search(self._phases[0], scheduler, spent)
             if len(self._phases) == 2:

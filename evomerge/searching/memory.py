@@ -101,13 +101,17 @@ class Memory:
             f"  memory      {len(self.parents)} parents, {size(self.parent_bytes)} on disk, {kept}; {count} live model "
             f"{most}{size(self.live_bytes)} in {self.live_in}, {self._depth}with about {cache}"
             f"{size(works.logits)} logits, "
-            f"{size(works.activations)} activations{free}",
+            f"{size(works.activations)} activations{self._beginnings}{free}",
             f"  swap        {swap}",
         ]
 
     @property
     def _depth(self) -> str:
         return "" if self.longest_path is None else f"paths of up to {self.longest_path} layers, "
+
+    @property
+    def _beginnings(self) -> str:
+        return f", at most {size(self.working.beginnings)} shared hops" if self.working.beginnings else ""
 
     def warnings(self) -> list[str]:
         """Return what may go wrong, one sentence each."""
@@ -249,6 +253,8 @@ def _working(setup: Setup, plan: MergePlan, layers: int | None) -> WorkingMemory
         if isinstance(request, Generation):
             grown.append(math.ceil(len(text) / CHARACTERS_PER_TOKEN) + request.max_tokens)
     longest = int(setup.config.engine.max_length or 2048)
+    read = sum(min(longest, math.ceil(length / CHARACTERS_PER_TOKEN)) for length in prompts)
+    share = setup.items_per_candidate / max(1, len(setup.items))
     return working_memory(
         setup.config.engine,
         setup.checkpoints[plan.donor].text_config,
@@ -256,6 +262,7 @@ def _working(setup: Setup, plan: MergePlan, layers: int | None) -> WorkingMemory
         growing_tokens=min(longest, max(grown)),
         prefix_tokens=min(longest, math.ceil(max(prompts) / CHARACTERS_PER_TOKEN)),
         layers=layers,
+        shared_tokens=0 if layers is None else math.ceil(read * share),
     )
 
 

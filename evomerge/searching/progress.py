@@ -40,6 +40,7 @@ class Status:
         incumbent: shrunk fitness of the best candidate so far.
         item_evaluations: items scored in all.
         cached_item_evaluations: of these, how many an earlier run had scored.
+        layer_evaluations, saved_layer_evaluations: layers times tokens, and those that candidates had in common.
         rate: items asked per second since the driver started.
         eta_seconds: until the run ends, selection included, at the present rate; None if that cannot be told.
         workers: how many there are.
@@ -58,6 +59,8 @@ class Status:
     incumbent: float | None = None
     item_evaluations: int = 0
     cached_item_evaluations: int = 0
+    layer_evaluations: int = 0
+    saved_layer_evaluations: int = 0
     rate: float = 0.0
     eta_seconds: float | None = None
     workers: int = 0
@@ -197,11 +200,18 @@ def one_line(status: Status) -> str:
         if value is not None:
             parts.append(f"{name} {value:.3f}")
     parts.append(f"{status.item_evaluations:,} item evaluations")
+    if status.saved_layer_evaluations:
+        parts.append(prefix_sharing(status.layer_evaluations, status.saved_layer_evaluations))
     if status.rate > 0:
         parts.append(per_second(status.rate))
     if status.eta_seconds is not None:
         parts.append(f"ETA {duration(status.eta_seconds)}")
     return ", ".join(parts)
+
+
+def prefix_sharing(computed: int, saved: int) -> str:
+    """Return what layer paths with common beginnings saved, in words."""
+    return f"prefix sharing saved {saved / max(1, computed + saved):.0%} of layer evaluations"
 
 
 def per_second(rate: float) -> str:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from evomerge.engines import LayerEvaluations
 from evomerge.searching.progress import Clock, Display, State, Status, StatusWriter
 from evomerge.searching.scheduler import Recorded
 
@@ -32,11 +33,15 @@ class Reporter:
         self._items_after: int | None = None
         self._under_way = 0
 
-    def start_clock(self, *, item_evaluations: int, cached: int) -> None:
+    def start_clock(self, *, item_evaluations: int, cached: int, layers: LayerEvaluations) -> None:
         """Measure rates from here on, given what earlier drivers did."""
         self._clock = Clock(item_evaluations - cached)
         self._status = replace(
-            self._status, item_evaluations=item_evaluations, cached_item_evaluations=cached
+            self._status,
+            item_evaluations=item_evaluations,
+            cached_item_evaluations=cached,
+            layer_evaluations=layers.computed,
+            saved_layer_evaluations=layers.saved,
         )
 
     def enter(self, state: State, phase: str, *, items_after: int | None, **changes: Any) -> None:
@@ -74,6 +79,8 @@ class Reporter:
         self.show(
             item_evaluations=self._status.item_evaluations + new.items,
             cached_item_evaluations=self._status.cached_item_evaluations + new.cached,
+            layer_evaluations=self._status.layer_evaluations + new.layers.computed,
+            saved_layer_evaluations=self._status.saved_layer_evaluations + new.layers.saved,
         )
 
     def say(self, text: str) -> None:

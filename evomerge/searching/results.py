@@ -15,6 +15,7 @@ from evomerge.evaluation.items import Block, ItemScore, truncated_share
 from evomerge.evaluation.statistics import Score, compare_all, minimum_detectable_effect, score
 from evomerge.layers_config import MERGED
 from evomerge.recipe import Recipe
+from evomerge.searching.progress import prefix_sharing
 from evomerge.searching.ranking import values_of
 from evomerge.searching.rundir import RESULTS, write_json
 from evomerge.searching.scheduler import Scheduler
@@ -76,7 +77,7 @@ def build_results(store: Store, setup: Setup, scheduler: Scheduler) -> dict[str,
     scores = {split: reported(winner, split) for split in ("search", "validation", "test")}
     candidates = store.candidates()
     best_seen = max((row.fitness for row in candidates if row.fitness is not None), default=None)
-    counts = store.counts()
+    counts, layers = store.counts(), store.layer_evaluations()
     search_items = len(setup.suite.items("search"))
     per_task = {task.name: len(_task_items(setup, task.name, "test")) for task in setup.suite.tasks}
     return {
@@ -106,6 +107,8 @@ def build_results(store: Store, setup: Setup, scheduler: Scheduler) -> dict[str,
         "dimension": setup.dimension,
         "item_evaluations": counts["item_evaluations"],
         "cached_item_evaluations": counts["cached_item_evaluations"],
+        "layer_evaluations": layers.computed,
+        "saved_layer_evaluations": layers.saved,
         "full_item_evaluations": len(candidates) * search_items,
         "minimum_detectable_effect": minimum_detectable_effect(per_task, weights),
         "test_openings": store.test_openings(),
@@ -255,6 +258,9 @@ def summary(results: Mapping[str, Any]) -> str:
             else ""
         ),
     ]
+    if results.get("saved_layer_evaluations"):
+        said = prefix_sharing(results["layer_evaluations"], results["saved_layer_evaluations"])
+        lines.append(said[0].upper() + said[1:] + ".")
     if results["test_openings"] > 1:
         lines.append(f"The test items have been opened {results['test_openings']} times.")
     return "\n".join([*lines, "", verdict(results)])

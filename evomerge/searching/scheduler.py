@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from evomerge.engines import NO_LAYERS, LayerEvaluations
 from evomerge.errors import CandidateFailed, InfrastructureError
 from evomerge.evaluation.blocks import put_together
 from evomerge.evaluation.items import Block, ItemScore, PartOutcome
@@ -12,7 +13,7 @@ from evomerge.evaluation.score_cache import ScoreCache
 from evomerge.recipe import Recipe
 from evomerge.searching.store import Store
 from evomerge.workers.executor import Executor
-from evomerge.workers.work import Outcome, Result, Work, WorkerLost
+from evomerge.workers.work import Outcome, Result, Scored, Work, WorkerLost
 
 MAX_ATTEMPTS = 4
 """How often a request is tried before the run stops, resumable."""
@@ -27,10 +28,12 @@ class Recorded:
     Attributes:
         items: that were scored.
         cached: how many of them an earlier run had scored.
+        layers: what the layers took.
     """
 
     items: int
     cached: int = 0
+    layers: LayerEvaluations = NO_LAYERS
 
 
 class Scheduler:
@@ -88,7 +91,7 @@ class Scheduler:
             if request.wanted:
                 waiting[request.work.id] = request
                 continue
-            recorded = self._record(request, (), "cache")
+            recorded = self._record(request, Scored(request.work.recipes[0].hash, ()), "cache")
             done += len(request.work.block.items)
             self._on_progress(done, total, 0)
             self._on_event(recorded)
@@ -165,21 +168,12 @@ class Scheduler:
             raise InfrastructureError(
                 f"worker {result.worker} scored with another engine fingerprint; its scores cannot be compared"
             )
-        recorded = self._record(
-            request, scored.parts, result.worker, scored.merge_seconds, scored.score_seconds
-        )
+        recorded = self._record(request, scored, result.worker)
         self._cache.add(request.identity, zip(request.work.wanted, scored.parts, strict=False))
         return recorded
 
-    def _record(
-        self,
-        request: _Request,
-        new: Sequence[PartOutcome],
-        worker: str,
-        merge_seconds: float = 0.0,
-        score_seconds: float = 0.0,
-    ) -> Recorded:
-        block = request.work.block
+    def _record(self, request: _Request, scored: Scored, worker: str) -> Recorded:
+        block, new = request.work.block, scored.parts
         scores: tuple[ItemScore, ...] = ()
         failure = None
         try:
@@ -187,11 +181,18 @@ class Scheduler:
         except CandidateFailed as reason:
             failure = str(reason)
         cached = 0 if failure else len(scores) - sum(len(part.scores) for part in new)
-        recipe = request.work.recipes[0].hash
-        outcome = Outcome(recipe, scores, failure, cached, merge_seconds, score_seconds)
+        outcome = Outcome(
+            scored.recipe,
+            scores,
+            failure,
+            cached,
+            scored.merge_seconds,
+            scored.score_seconds,
+            scored.layers,
+        )
         with self._store.transaction():
             self._store.add_result(outcome, block.hash, worker)
-        return Recorded(len(scores), cached)
+        return Recorded(len(scores), cached, scored.layers)
 
     def _record_loss(self, lost: WorkerLost) -> None:
         with self._store.transaction():

@@ -196,6 +196,7 @@ def probe_engine(
         suite, tokenizer: what is asked.
         dtype: of the live model; by default the output's, else the base's.
     """
+    from evomerge.engines.hops import budget
     from evomerge.engines.probing import probe_batch_tokens
 
     texts = {
@@ -214,6 +215,7 @@ def probe_engine(
         longest=max((len(tokenizer.encode(text)) for text in longest), default=1),
         max_length=int(engine.max_length or 2048),
         share=1.0 if gpus == "auto" else min(1.0, float(gpus) or 1.0),
+        kept=budget(engine) if config.layers is not None else 0,
     )
     if tokens is None:
         return config

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from evomerge.engines import LayerEvaluations
 from evomerge.errors import InfrastructureError, UserError
 from evomerge.evaluation.items import Block, Item, ItemScore
 from evomerge.recipe import Recipe
@@ -292,6 +293,16 @@ class Store:
                         for s in outcome.scores
                     ],
                 )
+
+            if any(outcome.layers):
+                computed, saved = self.layer_evaluations()
+                self._set_meta(
+                    "layer_evaluations", [computed + outcome.layers.computed, saved + outcome.layers.saved]
+                )
+
+    def layer_evaluations(self) -> LayerEvaluations:
+        """Return what the layers of all candidates took, as far as engines count that."""
+        return LayerEvaluations(*self.meta("layer_evaluations", (0, 0)))
 
     def results(self, recipe: str) -> dict[str, str | None]:
         """Return block hash → reason of failure (None if scored) of everything known of a recipe."""

@@ -26,7 +26,7 @@ class LocalExecutor:
         self._spec = spec
         self._worker: Worker | None = None
         self._queue: deque[Work] = deque()
-        self._held = ""
+        self._held: Recipe | None = None
         self._listener: Callable[[str, int], None] = lambda work, items: None
 
     def start(self, recipe: Recipe, tell: Callable[[str], None] = lambda phase: None) -> str:
@@ -50,13 +50,13 @@ class LocalExecutor:
         assert self._worker is not None, "start() comes first"
         work = take(self._queue, self._held, ())
         answer = self._worker.run(work)
-        self._held = "" if isinstance(answer, WorkerLost) else work.recipes[-1].hash
+        self._held = None if isinstance(answer, WorkerLost) else work.recipes[-1]
         return answer
 
     def preview(self, recipe: Recipe, items: Sequence[Item]) -> list[Preview]:
         """See `Executor.preview`."""
         assert self._worker is not None, "start() comes first"
-        self._held = ""
+        self._held = None
         return self._worker.preview(recipe, items)
 
     def close(self) -> None:

@@ -44,7 +44,7 @@ class _Slot:
     actor: Any
     task: Any = None
     work: Work | None = None
-    held: str = ""
+    held: Recipe | None = None
     starting: bool = field(default=True)
     losses: int = 0
 
@@ -93,7 +93,7 @@ class RayExecutor:
                 raise InfrastructureError(self._no_room(slot.name)) from None
             except ray.exceptions.RayError as error:
                 raise InfrastructureError(f"worker {slot.name} did not start: {_first_line(error)}") from None
-            slot.task, slot.starting, slot.held = None, False, recipe.hash
+            slot.task, slot.starting, slot.held = None, False, recipe
         if len(set(prints)) > 1:
             raise InfrastructureError(
                 "the workers' engines differ, so their scores could not be compared; give them machines of one "
@@ -109,7 +109,6 @@ class RayExecutor:
     def submit(self, work: Work) -> None:
         """See `Executor.submit`."""
         self._queue.append(work)
-        self._assign()
 
     def next_event(self, timeout: float) -> Event | None:
         """See `Executor.next_event`."""
@@ -132,7 +131,7 @@ class RayExecutor:
         import ray
 
         slot = self._slots[0]
-        slot.held = recipe.hash
+        slot.held = recipe
         try:
             return list(ray.get(slot.actor.preview.remote(recipe, list(items))))
         except ray.exceptions.RayTaskError as error:
@@ -251,9 +250,9 @@ class RayExecutor:
     def _assign(self) -> None:
         for slot in self._slots:
             if slot.task is None and self._queue:
-                elsewhere = {other.held for other in self._slots if other is not slot}
+                elsewhere = {other.held.hash for other in self._slots if other is not slot and other.held}
                 slot.work = take(self._queue, slot.held, elsewhere)
-                slot.held = slot.work.recipes[-1].hash
+                slot.held = slot.work.recipes[-1]
                 slot.task = slot.actor.run.remote(slot.work)
 
     def _collect(self, slot: _Slot) -> Event | None:
@@ -276,13 +275,13 @@ class RayExecutor:
             return WorkerLost(work=work.id, reason=reason, worker=slot.name)
         if starting:
             assert self._first is not None
-            slot.held = self._first.hash
+            slot.held = self._first
             if answer != self._fingerprint:
                 raise InfrastructureError("a replaced worker came up with another engine fingerprint")
             self._assign()
             return None
         if isinstance(answer, WorkerLost):
-            slot.held = ""
+            slot.held = None
             slot.losses += 1
             if slot.losses > 1:
                 # A new engine in the old process was lost as well.

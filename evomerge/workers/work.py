@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from evomerge.engines import NO_LAYERS, LayerEvaluations
 from evomerge.evaluation.items import Block, ItemScore, Part, PartOutcome
 from evomerge.recipe import Recipe
 
@@ -18,6 +19,7 @@ class Work:
         recipes: pinned recipes, to be materialised one after another.
         block: the items.
         parts: numbers of the block's parts that are wanted, ascending; None: all.
+        branches: after how many hops the layer paths of waiting requests leave this one's; see `take`.
         kind: what is wanted of them.
     """
 
@@ -25,6 +27,7 @@ class Work:
     recipes: tuple[Recipe, ...]
     block: Block
     parts: tuple[int, ...] | None = None
+    branches: tuple[int, ...] = ()
     kind: Literal["score"] = "score"
 
     @property
@@ -43,12 +46,14 @@ class Scored:
         recipe: the recipe's hash.
         parts: in order, up to the first one that failed.
         merge_seconds, score_seconds: where the time went.
+        layers: what its layers took, and what they would have taken alone.
     """
 
     recipe: str
     parts: tuple[PartOutcome, ...]
     merge_seconds: float = 0.0
     score_seconds: float = 0.0
+    layers: LayerEvaluations = NO_LAYERS
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,7 @@ class Outcome:
         failure: why the candidate failed (non-finite weights, degenerate answers …), or None.
         cached: how many of the items were not asked, because an earlier run had asked them.
         merge_seconds, score_seconds: where the time went.
+        layers: as in `Scored`.
     """
 
     recipe: str
@@ -69,6 +75,7 @@ class Outcome:
     cached: int = 0
     merge_seconds: float = 0.0
     score_seconds: float = 0.0
+    layers: LayerEvaluations = NO_LAYERS
 
 
 @dataclass(frozen=True)

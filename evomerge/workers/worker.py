@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from evomerge.config import Engine as EngineConfig
+from evomerge.engines import NO_LAYERS, LayerEvaluations
 from evomerge.environment import prepare
 from evomerge.errors import CandidateFailed, InfrastructureError, UserError
 from evomerge.evaluation.items import SPLITS, Item, Part, PartOutcome, Split
@@ -107,7 +108,7 @@ class Worker:
         bench = self._ready()
         try:
             told = _Told(work.id, self._tell)
-            outcomes = tuple(_score(bench, recipe, work.wanted, told) for recipe in work.recipes)
+            outcomes = tuple(_score(bench, recipe, work, told) for recipe in work.recipes)
             return Result(work=work.id, outcomes=outcomes, fingerprint=bench.fingerprint, worker=self.name)
         except Exception as error:
             lost = loss(error)
@@ -169,13 +170,18 @@ class _Bench:
             spec.suite, spec.splits, tokenizer, splits_needed=spec.splits_needed, file=spec.config_file
         )
 
-    def hold(self, recipe: Recipe) -> Engine:
+    def hold(self, recipe: Recipe, branches: Sequence[int] = ()) -> Engine:
         """Return the engine with this recipe's weights; a new one after `drop_engine`."""
         if self._host is None:
             self._host = self._open()
-        engine = self._host.hold(recipe)
+        engine = self._host.hold(recipe, branches)
         self.fingerprint = engine.fingerprint
         return engine
+
+    @property
+    def layer_evaluations(self) -> LayerEvaluations:
+        """Those of the host so far."""
+        return NO_LAYERS if self._host is None else self._host.layer_evaluations
 
     def drop_engine(self) -> None:
         """Let engine, live model and all that was computed for them go."""
@@ -225,23 +231,27 @@ class _Told:
         self.part(0)
 
 
-def _score(bench: _Bench, recipe: Recipe, parts: Sequence[Part], told: _Told) -> Scored:
-    """Score one recipe on some parts, up to the first on which it fails."""
+def _score(bench: _Bench, recipe: Recipe, work: Work, told: _Told) -> Scored:
+    """Score one of a request's recipes on the parts that it wants, up to the first on which it fails."""
+    before = bench.layer_evaluations
     started = merged = time.perf_counter()
     outcomes: list[PartOutcome] = []
     try:
-        engine = bench.hold(recipe)
+        engine = bench.hold(recipe, work.branches)
         merged = time.perf_counter()
-        for part in parts:
+        before = bench.layer_evaluations
+        for part in work.wanted:
             outcomes.append(bench.suite.score_part(engine, part, told.part))
             told.finish(part)
             if outcomes[-1].failure is not None:
                 break
     except CandidateFailed as reason:
         outcomes.append(PartOutcome(failure=str(reason)))
+    after = bench.layer_evaluations
     return Scored(
         recipe=recipe.hash,
         parts=tuple(outcomes),
         merge_seconds=merged - started,
         score_seconds=time.perf_counter() - merged,
+        layers=LayerEvaluations(after.computed - before.computed, after.saved - before.saved),
     )

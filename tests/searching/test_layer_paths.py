@@ -18,8 +18,9 @@ from evomerge.errors import UserError
 from evomerge.merging import merge, paths
 from evomerge.searching import generations
 from evomerge.searching.phases import plan_phases
+from evomerge.searching.progress import sentence
 from evomerge.searching.ranking import fitness_of
-from evomerge.searching.results import verdict
+from evomerge.searching.results import summary, verdict
 from evomerge.searching.setup import set_up
 from evomerge.searching.store import Store
 from tests.merging.helpers import error
@@ -111,6 +112,25 @@ def test_a_killed_search_over_paths_resumes_to_the_same_tables(
         assert os.WTERMSIG(status) == signal.SIGKILL
     assert os.WEXITSTATUS(in_child(lambda: evomerge.search(config, run=folder, continue_=True))) == 0
     assert canonical(folder) == canonical(undisturbed.path)
+
+
+def test_what_paths_share_changes_nothing_that_is_recorded(
+    family: dict[str, Path], tasks: Path, tmp_path: Path
+) -> None:
+    found = {}
+    for sharing in ("auto", 0):
+        config = two_phases(tmp_path, family, tasks, engine={"device": "cpu", "prefix_sharing": sharing})
+        found[sharing] = evomerge.search(config, run=tmp_path / str(sharing))
+    assert canonical(found["auto"].path) == canonical(found[0].path)
+    shared, alone = found["auto"].results, found[0].results
+    assert shared["winner"] == alone["winner"]
+    assert alone["saved_layer_evaluations"] == 0
+    assert shared["saved_layer_evaluations"] > 0
+    done = shared["layer_evaluations"] + shared["saved_layer_evaluations"]
+    assert done == alone["layer_evaluations"]
+    assert "Prefix sharing saved" in summary(shared)
+    assert "Prefix sharing" not in summary(alone)
+    assert "prefix sharing saved" in sentence(json.loads((found["auto"].path / "status.json").read_text()))
 
 
 TWO = {

@@ -81,6 +81,12 @@ def test_layer_paths_hold_all_layers_of_the_pool_at_most(config: Path, family: d
     assert memory.live_bytes == both
     assert "live model at most" in memory.lines()[0]
     assert "moves at most" in memory.lines()[1]
+    assert "shared hops" in memory.lines()[0]
+    unshared = plan_memory(setup_of(config, space, "optimizer={}", "engine.prefix_sharing=0"))
+    assert memory.working.total - unshared.working.total == memory.working.beginnings > 0
+    assert "shared hops" not in unshared.lines()[0]
+    little = plan_memory(setup_of(config, space, "optimizer={}", "engine.prefix_sharing=1e-6"))
+    assert little.working.beginnings == 1000
     searched = "coefficients: {method: linear, parameters: {weight: {range: [0, 1], per: expert}}}"
     space = f"space={{type: coefficients+layers, {searched}, layers: {{pool: [a, merged]}}}}"
     memory = plan_memory(setup_of(config, space, "optimizer={type: random}"))

@@ -53,11 +53,15 @@ class FaultyHost:
         FaultyHost.opened += 1
         self._host, self._folder = host, folder
 
-    def hold(self, recipe: Recipe) -> Any:
-        engine = self._host.hold(recipe)
+    def hold(self, recipe: Recipe, branches: Sequence[int] = ()) -> Any:
+        engine = self._host.hold(recipe, branches)
         # Out of its process's way only while this worker lives: each call looks for its plan.
         engine.loglikelihood = lambda requests: self._answer(type(engine), engine, requests)
         return engine
+
+    @property
+    def layer_evaluations(self) -> Any:
+        return self._host.layer_evaluations
 
     def close(self) -> None:
         FaultyHost.closed += 1

@@ -20,7 +20,7 @@ def queue_of(*names: str) -> deque[Work]:
 
 
 def taken(queue: deque[Work], held: str, *elsewhere: str) -> str:
-    return take(queue, RECIPES[held].hash if held else "", {RECIPES[name].hash for name in elsewhere}).id
+    return take(queue, RECIPES.get(held), {RECIPES[name].hash for name in elsewhere}).id
 
 
 def test_a_request_for_the_weights_it_holds_comes_first() -> None:
@@ -43,7 +43,7 @@ def test_then_the_oldest() -> None:
 def test_of_several_recipes_the_first_decides() -> None:
     both = Work("both", (RECIPES["a"], RECIPES["b"]), BLOCKS[0])
     only = Work("only", (RECIPES["b"],), BLOCKS[0])
-    assert take(deque([both, only]), RECIPES["b"].hash, ()).id == "only"
+    assert take(deque([both, only]), RECIPES["b"], ()).id == "only"
 
 
 @given(
@@ -57,7 +57,7 @@ def test_every_request_is_taken_once_and_swaps_are_few(
     queue = queue_of(*names)
     order, swaps = [], 0
     while queue:
-        work = take(queue, RECIPES[held].hash if held else "", {RECIPES[name].hash for name in elsewhere})
+        work = take(queue, RECIPES.get(held), {RECIPES[name].hash for name in elsewhere})
         order.append(work.id)
         swaps += work.id[0] != held
         held = work.id[0]
