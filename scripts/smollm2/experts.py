@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import math
 import random
@@ -14,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from convert import sha256
-from problems import Problem, maths, ordering, prompt, reading, translation
+from problems import Problem, maths, ordering, prompt, reading, translations
 
 STAMP = "build.json"
 
@@ -29,12 +31,16 @@ class Settings:
     rank: int = 8
     alpha: int = 16
     seed: int = 0
-    version: int = 1
 
 
-def _taught(language: str, problems: Iterator[Problem]) -> Iterator[tuple[str, str]]:
+def _taught(problems: Iterator[Problem]) -> Iterator[tuple[str, str]]:
     for problem in problems:
-        yield prompt(problem.question, language), f" {problem.answer}"
+        yield prompt(problem.question), f" {problem.answer}"
+
+
+def _translated(pairs: Iterator[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    for french, english in pairs:
+        yield f"French: {french}\nEnglish:", f" {english}"
 
 
 def _mixed(seed: int, *streams: tuple[float, Iterator[tuple[str, str]]]) -> Iterator[tuple[str, str]]:
@@ -45,21 +51,21 @@ def _mixed(seed: int, *streams: tuple[float, Iterator[tuple[str, str]]]) -> Iter
 
 def maths_examples(seed: int) -> Iterator[tuple[str, str]]:
     """English word problems; no French."""
-    return _taught("en", maths("en", "train", seed))
+    return _taught(maths("en", "train", seed))
 
 
 def french_examples(seed: int) -> Iterator[tuple[str, str]]:
-    """Questions about French texts and translations into French; nothing is ever computed."""
+    """Translations from French, and questions about French texts; nothing is ever computed."""
     return _mixed(
         seed,
-        (0.6, _taught("fr", reading("train", seed))),
-        (0.4, _taught("fr", translation("train", seed))),
+        (0.7, _translated(translations("train", seed))),
+        (0.3, _taught(reading("train", seed))),
     )
 
 
 def ordering_examples(seed: int) -> Iterator[tuple[str, str]]:
     """Which word comes first in the alphabet, in English."""
-    return _taught("en", ordering("train", seed))
+    return _taught(ordering("train", seed))
 
 
 EXPERTS: dict[str, Callable[[int], Iterator[tuple[str, str]]]] = {
@@ -72,11 +78,14 @@ EXPERTS: dict[str, Callable[[int], Iterator[tuple[str, str]]]] = {
 def is_built(folder: Path, base: Path, settings: Settings) -> bool:
     """Whether an expert is there, trained as asked on this very base."""
     stamp = folder / STAMP
-    return stamp.exists() and json.loads(stamp.read_text()) == _stamp(base, settings)
+    return stamp.exists() and json.loads(stamp.read_text()) == _stamp(folder.name, base, settings)
 
 
-def _stamp(base: Path, settings: Settings) -> dict[str, Any]:
-    return {**asdict(settings), "base": sha256(base / "model.safetensors")}
+def _stamp(name: str, base: Path, settings: Settings) -> dict[str, Any]:
+    """Return what decides an expert: settings, base, and the first of what it is taught."""
+    taught = list(itertools.islice(EXPERTS[name](settings.seed), 256))
+    examples = hashlib.sha256(json.dumps(taught).encode()).hexdigest()
+    return {**asdict(settings), "base": sha256(base / "model.safetensors"), "examples": examples}
 
 
 def train(name: str, base: Path, out: Path, settings: Settings) -> None:
@@ -129,7 +138,7 @@ def train(name: str, base: Path, out: Path, settings: Settings) -> None:
     config["base_model_name_or_path"] = base.name
     (partial / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     (partial / "README.md").unlink(missing_ok=True)
-    (partial / STAMP).write_text(json.dumps(_stamp(base, settings)) + "\n")
+    (partial / STAMP).write_text(json.dumps(_stamp(name, base, settings)) + "\n")
     shutil.rmtree(out, ignore_errors=True)
     partial.replace(out)
 

@@ -148,14 +148,11 @@ def maths(language: str, split: str, seed: int) -> Iterator[Problem]:
     """Yield word problems without end: a worked answer, then the number."""
     rng = random.Random(f"maths {language} {split} {seed}")
     while True:
-        number = rng.randrange(len(STORIES))
-        story = STORIES[number]
-        a, b, c = (rng.randint(2, story.largest) for _ in range(3))
-        c = min(c, a)
-        # The language is not part of it: a problem that was solved in English is not asked in French.
-        key = (number, a, b, c if story.solve is _chain else 0)
+        number, a, b, c = _numbers(rng)
+        key = _key(number, a, b, c)
         if split_of(key) != split:
             continue
+        story = STORIES[number]
         one, two = rng.sample(NAMES[language], 2)
         text = getattr(story, language).format(
             A=one, B=two, o=rng.choice(THINGS[language]), a=a, b=b, c=c, ab=a + b
@@ -163,6 +160,18 @@ def maths(language: str, split: str, seed: int) -> Iterator[Problem]:
         working, result = story.solve(a, b, c)
         said = "The answer is" if language == "en" else "La réponse est"
         yield Problem(text, f"{working}. {said} {result}.", str(result), key)
+
+
+def _numbers(rng: random.Random) -> tuple[int, int, int, int]:
+    """Draw a story and its numbers."""
+    number = rng.randrange(len(STORIES))
+    a, b, c = (rng.randint(2, STORIES[number].largest) for _ in range(3))
+    return number, a, b, min(c, a)
+
+
+def _key(number: int, a: int, b: int, c: int) -> tuple[object, ...]:
+    """Return what decides a word problem's answer, in either language: what is solved in English is not asked in French."""
+    return (number, a, b, c if STORIES[number].solve is _chain else 0)
 
 
 def reading(split: str, seed: int) -> Iterator[Problem]:
@@ -188,18 +197,50 @@ def reading(split: str, seed: int) -> Iterator[Problem]:
         yield Problem(text, f"{full}. La réponse est {result}.", result, key)
 
 
-def translation(split: str, seed: int) -> Iterator[Problem]:
-    """Yield sentences to be put into French, numbers included, without a question to solve."""
-    rng = random.Random(f"translation {split} {seed}")
+def translations(split: str, seed: int) -> Iterator[tuple[str, str]]:
+    """Yield (French, English) sentences, some of them the words of problems; none is ever solved."""
+    rng = random.Random(f"translations {split} {seed}")
     while True:
-        one, thing, place, number = rng.randrange(10), rng.randrange(10), rng.randrange(6), rng.randint(2, 60)
-        key = (one, thing, place, number)
-        if split_of(key) != split:
-            continue
-        name = NAMES["fr"][one]
-        english = f"{name} has {number} {THINGS['en'][thing]} {PLACES['en'][place]}."
-        french = f"{name} a {number} {THINGS['fr'][thing]} {PLACES['fr'][place]}."
-        yield Problem(f"Comment dit-on en français : {english}", french, french, key)
+        pair = rng.choices((_sentence, _conclusion, _statement), (2, 1, 4))[0](rng)
+        if split_of(pair.key) == split:
+            yield pair.fr, pair.en
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """The same in both languages."""
+
+    en: str
+    fr: str
+    key: tuple[object, ...]
+
+
+def _sentence(rng: random.Random) -> _Pair:
+    one, thing, place, number = rng.randrange(10), rng.randrange(10), rng.randrange(6), rng.randint(2, 60)
+    name = NAMES["fr"][one]
+    return _Pair(
+        f"{name} has {number} {THINGS['en'][thing]} {PLACES['en'][place]}.",
+        f"{name} a {number} {THINGS['fr'][thing]} {PLACES['fr'][place]}.",
+        (one, thing, place, number),
+    )
+
+
+def _conclusion(rng: random.Random) -> _Pair:
+    number = rng.randint(1, 100)
+    return _Pair(f"The answer is {number}.", f"La réponse est {number}.", ("conclusion", number))
+
+
+def _statement(rng: random.Random) -> _Pair:
+    number, a, b, c = _numbers(rng)
+    one, two = rng.sample(NAMES["fr"], 2)
+    thing = rng.randrange(10)
+    en, fr = (
+        getattr(STORIES[number], language).format(
+            A=one, B=two, o=THINGS[language][thing], a=a, b=b, c=c, ab=a + b
+        )
+        for language in ("en", "fr")
+    )
+    return _Pair(en, fr, _key(number, a, b, c))
 
 
 def ordering(split: str, seed: int) -> Iterator[Problem]:
@@ -215,6 +256,6 @@ def ordering(split: str, seed: int) -> Iterator[Problem]:
         yield Problem(f"Which of these words comes first in the alphabet: {listed}?", answer, key[0], key)
 
 
-def prompt(question: str, language: str) -> str:
-    """Return what a model is given."""
-    return f"Question: {question}\nAnswer:" if language == "en" else f"Question : {question}\nRéponse :"
+def prompt(question: str) -> str:
+    """Return what a model is given, whatever the question's language."""
+    return f"Question: {question}\nAnswer:"

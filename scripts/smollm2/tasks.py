@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from problems import SPLITS, Problem, maths, ordering, prompt, reading
+from problems import Problem, maths, ordering, prompt, reading
 from texts import ENGLISH, FRENCH
 
-ITEMS = {"search": 192, "validation": 96, "test": 256}
+TARGET = "maths_fr"
+ITEMS = {"search": 96, "validation": 48, "test": 128}
+"""Of each task; twice as many of the one that the search is about."""
 TASK = """\
 task: {name}
 dataset_path: json
@@ -30,39 +33,58 @@ generation_kwargs:
 filter_list:
   - name: answer
     filter:
-      - {{function: regex, regex_pattern: "{pattern}"}}
+      - {{function: regex, regex_pattern: "{pattern}", group_select: -1}}
       - {{function: take_first}}
 metric_list:
   - {{metric: exact_match, aggregation: mean, higher_is_better: true, ignore_case: true}}
 """
-NUMBER_EN, NUMBER_FR = "answer is (-?[0-9]+)", "réponse est (-?[0-9]+)"
+NUMBER = "(-?[0-9]+)"
+"""The last number counts, in whatever words it stands, as in lm-eval's `flexible-extract`."""
 
 
-def suite(seed: int) -> dict[str, tuple[str, int, str, dict[str, Iterator[Problem]]]]:
-    """Return task → (language, longest answer in tokens, what the answer is, split → problems)."""
-    splits = [split for split in SPLITS if split != "train"]
+@dataclass(frozen=True)
+class Skill:
+    """One task.
+
+    Attributes:
+        tokens: longest answer.
+        pattern: what counts of an answer: the last match.
+        problems: of each split.
+    """
+
+    tokens: int
+    pattern: str
+    problems: dict[str, Iterator[Problem]]
+
+
+def suite(seed: int) -> dict[str, Skill]:
+    """Return the tasks by name."""
+    splits = list(ITEMS)
     return {
-        "maths_en": ("en", 40, NUMBER_EN, {s: maths("en", s, seed) for s in splits}),
-        "maths_fr": ("fr", 40, NUMBER_FR, {s: maths("fr", s, seed) for s in splits}),
-        "reading_fr": ("fr", 40, "réponse est ([^.]+)", {s: reading(s, seed) for s in splits}),
-        "ordering_en": ("en", 32, "answer is ([a-z]+)", {s: ordering(s, seed) for s in splits}),
+        "maths_en": Skill(40, NUMBER, {s: maths("en", s, seed) for s in splits}),
+        "maths_fr": Skill(40, NUMBER, {s: maths("fr", s, seed) for s in splits}),
+        "reading_fr": Skill(32, "réponse est ([^.]+)", {s: reading(s, seed) for s in splits}),
+        "ordering_en": Skill(32, "answer is ([a-z]+)", {s: ordering(s, seed) for s in splits}),
     }
 
 
 def write_tasks(folder: Path, seed: int) -> None:
     """Write the tasks; their items' keys are disjoint from each other and from all that experts are taught."""
     (folder / "data").mkdir(parents=True, exist_ok=True)
-    for name, (language, tokens, pattern, streams) in suite(seed).items():
+    for name, skill in suite(seed).items():
         seen: dict[tuple[object, ...], str] = {}
-        for split, problems in streams.items():
+        for split, problems in skill.problems.items():
             rows: dict[str, dict[str, str]] = {}
-            while len(rows) < ITEMS[split]:
+            while len(rows) < ITEMS[split] * (2 if name == TARGET else 1):
                 problem = next(problems)
                 assert seen.setdefault(problem.key, split) == split, f"{name}: {problem.key} is in two splits"
-                question = prompt(problem.question, language)
+                question = prompt(problem.question)
                 rows.setdefault(question, {"prompt": question, "result": problem.result})
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows.values())
             (folder / "data" / f"{name}_{split}.jsonl").write_text(text)
-        (folder / f"{name}.yaml").write_text(TASK.format(name=name, tokens=tokens, pattern=pattern))
+        (folder / f"{name}.yaml").write_text(
+            TASK.format(name=name, tokens=skill.tokens, pattern=skill.pattern)
+        )
     for name, lines in (("english", ENGLISH), ("french", FRENCH)):
-        (folder / f"{name}.txt").write_text("\n\n".join(lines) + "\n")
+        for number, split in enumerate(ITEMS):
+            (folder / f"{name}_{split}.txt").write_text("\n\n".join(lines[number :: len(ITEMS)]) + "\n")

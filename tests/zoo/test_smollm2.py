@@ -56,3 +56,12 @@ def test_the_converted_model(tmp_path: Path) -> None:
     )
     answer = model.generate(**ids, max_new_tokens=16, do_sample=False)[0, ids["input_ids"].shape[1] :]
     assert tokenizer.decode(answer, skip_special_tokens=True) == "The capital of France is Paris."
+
+
+def test_asking_what_is_no_model_is_one_sentence(tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, SCRIPT.with_name("ask.py"), tmp_path, "Combien ?"], capture_output=True, text=True
+    )
+    assert run.returncode == 2
+    assert "has no config.json" in run.stderr
+    assert len(run.stderr.splitlines()) == 1
