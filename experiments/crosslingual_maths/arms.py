@@ -73,8 +73,8 @@ def _method(method: str, parameters: dict[str, Any]) -> Callable[[dict[str, Any]
 def _full_evaluation(config: dict[str, Any]) -> None:
     """Every candidate answers all search items, eight times as many: an eighth of the candidates."""
     config["suite"]["items_per_candidate"] = 100_000
-    config["budget"]["candidates"] = round(config["budget"]["candidates"] / 8)
-    config["optimizer"]["population"] = 4
+    candidates = round(config["budget"]["candidates"] / 8)
+    config["budget"]["candidates"] = config["optimizer"]["population"] = candidates
 
 
 LAYERS = {"pool": list(EXPERTS), "repeats": 2, "scale": {"range": [0.8, 1.25]}}

@@ -25,10 +25,12 @@ SEED = 0
 
 def mean_table(lines: Sequence[dict[str, Any]]) -> Table:
     """Return each test item's score, the mean over the lines (the seeds of a search)."""
-    first = lines[0]["test"]
     return {
-        task: {item: mean(line["test"][task][item] for line in lines) for item in items}
-        for task, items in first.items()
+        task: {
+            str(item): mean(float(value) for value in values)
+            for item, values in enumerate(zip(*(line["test"][task] for line in lines), strict=True))
+        }
+        for task in lines[0]["test"]
     }
 
 
@@ -80,7 +82,7 @@ def markdown(lines: Sequence[dict[str, Any]]) -> str:
 
 
 def _cell(found: Sequence[dict[str, Any]], task: str, digits: int) -> str:
-    means = [mean(line["test"][task].values()) for line in found]
+    means = [mean(map(float, line["test"][task])) for line in found]
     spread = (
         f" ({min(means):.{digits}f} to {max(means):.{digits}f})" if len(means) > 1 and task == TARGET else ""
     )
@@ -96,13 +98,13 @@ def figure(lines: Sequence[dict[str, Any]], path: Path) -> None:
 
     rows = report_lines(lines)
     fig, axes = plt.subplots(figsize=(7.5, 0.32 * len(rows) + 1.1), layout="constrained")
-    for y, (name, found) in enumerate(reversed(rows.items())):
+    for y, found in enumerate(reversed(rows.values())):
         searched = "seed" in found[0]
         colour = "tab:blue" if searched else "0.45"
         scored = score(of(mean_table(found), TARGET), {TARGET: 1.0}, seed=SEED)
         axes.plot(scored.ci95, [y, y], color=colour, linewidth=5, alpha=0.3, solid_capstyle="round")
         for line in found:
-            axes.plot(mean(line["test"][TARGET].values()), y, "o", color=colour, markersize=5)
+            axes.plot(mean(map(float, line["test"][TARGET])), y, "o", color=colour, markersize=5)
     axes.set_yticks(range(len(rows)), list(reversed(rows)))
     axes.set_xlabel("French maths on test, share solved in French (95 % interval of the mean)")
     axes.set_xlim(-0.02, 1.0)

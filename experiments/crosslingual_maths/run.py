@@ -4,9 +4,9 @@
     scripts/build_smollm2
     .venv/bin/python experiments/crosslingual_maths/run.py
 
-Every search, and the grid, has the same budget of item evaluations; searches run once a seed; all models are scored on the same test
-items, of which no search knew. One line a model goes to results.jsonl, and the table and the figure come from that file
-(`report.py`). What is in results.jsonl is not repeated, and a search that was interrupted goes on where it stopped.
+Every search, and the grid, has the same budget of item evaluations; searches run once a seed; all models are scored on
+the same test items, of which no search knew. One line a model goes to results.jsonl, and the table and the figure come
+from that file (`report.py`). What is in it is not repeated, and a search that was interrupted goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ CONFIG = REPOSITORY / "configs" / "smollm2_crosslingual.yaml"
 RESULTS = HERE / "results.jsonl"
 RUNS = REPOSITORY / "runs" / "crosslingual_maths"
 
-CANDIDATES = 63
-"""Of every search: seven generations of nine."""
+CANDIDATES = 45
+"""Of every search: five generations of nine."""
 
 FINALISTS = 4
 """Grid points that meet the validation items."""
@@ -71,12 +71,23 @@ def search(arm: str, seed: int) -> dict[str, Any]:
         "recipe": results["winner"]["recipe"],
         "search": results["winner"]["search"]["mean"],
         "validation": results["winner"]["validation"]["mean"],
-        "test": {task: dict(zip(part.item, part.raw, strict=True)) for task, part in won.groupby("task")},
+        "test": packed(
+            {task: dict(zip(part.item, part.raw, strict=True)) for task, part in won.groupby("task")}
+        ),
         "fitness": [[int(g), f] for g, f in zip(rows.generation, rows.fitness, strict=True)],
         "baselines": _baselines(results),
         **{key: results[key] for key in ("candidates", "failed_candidates", "item_evaluations", "dimension")},
         **{key: results[key] for key in ("wall_seconds", "versions", "hardware")},
     }
+
+
+def packed(table: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """Return each task's scores in the order of the item ids: a string of digits where all are 0 or 1."""
+    found: dict[str, Any] = {}
+    for task, items in sorted(table.items()):
+        values = [float(items[item]) for item in sorted(items)]
+        found[task] = "".join(f"{v:.0f}" for v in values) if set(values) <= {0.0, 1.0} else values
+    return found
 
 
 def _baselines(results: dict[str, Any]) -> dict[str, float]:
@@ -153,7 +164,7 @@ def _reference(bench: Bench, name: str, recipe: Any, **more: Any) -> dict[str, A
         "kind": "reference",
         "name": name,
         "validation": validation,
-        "test": test,
+        "test": packed(test),
         "weights": bench.weights,
         **more,
     }
@@ -192,7 +203,7 @@ def main() -> None:
             lines.append(line)
             with RESULTS.open("a") as out:
                 out.write(json.dumps(line, ensure_ascii=False) + "\n")
-            french = line["test"]["maths_fr"].values()
+            french = [int(digit) for digit in line["test"]["maths_fr"]]
             print(
                 f"{line['name']} {line.get('seed', '')}: French maths {sum(french) / len(french):.3f}",
                 flush=True,

@@ -170,7 +170,7 @@ def _numbers(rng: random.Random) -> tuple[int, int, int, int]:
 
 
 def _key(number: int, a: int, b: int, c: int) -> tuple[object, ...]:
-    """Return what decides a word problem's answer, in either language: what is solved in English is not asked in French."""
+    """Return what decides a word problem's answer; no language, so that what English taught is not asked in French."""
     return (number, a, b, c if STORIES[number].solve is _chain else 0)
 
 

@@ -11,7 +11,7 @@ from problems import Problem, maths, ordering, prompt, reading
 from texts import ENGLISH, FRENCH
 
 TARGET = "maths_fr"
-ITEMS = {"search": 96, "validation": 48, "test": 128}
+ITEMS = {"search": 96, "validation": 32, "test": 96}
 """Of each task; twice as many of the one that the search is about."""
 TASK = """\
 task: {name}
