@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import importlib.metadata
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
@@ -65,6 +67,12 @@ def imports_uncollected() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+@cache
+def library_versions(*names: str) -> tuple[str, ...]:
+    """Return ``name=version`` of installed packages; their metadata are parsed once, which takes milliseconds."""
+    return tuple(f"{name}={importlib.metadata.version(name)}" for name in names)
 
 
 def cache_folder() -> Path:

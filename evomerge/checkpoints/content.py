@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import tempfile
 import threading
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from evomerge.checkpoints.canonical import language_prefix
@@ -80,7 +82,7 @@ def content_hash(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], f
 def _scan(info: TensorInfo, files: OpenFiles, buffers: threading.local) -> tuple[str, int, int]:
     """Return a tensor's sha256 and its numbers of NaN and infinite values."""
     if not hasattr(buffers, "data"):
-        buffers.data, buffers.exponent = np.empty(_CHUNK, np.uint8), np.empty(_CHUNK, np.uint8)
+        buffers.data, buffers.exponent = _pages(_CHUNK), _pages(_CHUNK)
     kind, exponent, mantissa = _BITS.get(info.dtype, (np.uint8, 0, 0))
     digest = hashlib.sha256()
     nans = infs = 0
@@ -99,6 +101,11 @@ def _scan(info: TensorInfo, files: OpenFiles, buffers: threading.local) -> tuple
             infs += infinite
             nans += len(special) - infinite
     return digest.hexdigest(), nans, infs
+
+
+def _pages(size: int) -> npt.NDArray[np.uint8]:
+    """Return bytes that go back to the system with the array; malloc would keep some of each thread's."""
+    return np.frombuffer(mmap.mmap(-1, size), np.uint8)
 
 
 def cached_content_hash(

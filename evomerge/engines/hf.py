@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,6 +20,7 @@ from evomerge.engines.packing import VERSION, PromptBatch, ScoreBatch, pack_prom
 from evomerge.engines.prefixes import Prefixes
 from evomerge.engines.scoring import score_all
 from evomerge.engines.trials import try_hops, try_savings
+from evomerge.environment import library_versions
 from evomerge.evaluation.requests import Generated, Generation, Listener, Loglikelihood, Rolling
 
 if TYPE_CHECKING:
@@ -136,9 +136,6 @@ class HFEngine:
             # How a matrix product is cut over threads changes its bits. Workers have one.
             threads = torch.get_num_threads()
             kind += "" if threads == 1 else f"/{threads}-threads"
-        versions = (
-            f"{name}={importlib.metadata.version(name)}" for name in ("torch", "transformers", "lm-eval")
-        )
         paths = (
             "+".join(n for n, on in (("head", self._live.splits_head), ("tree", self._live.forks)) if on)
             or "plain"
@@ -146,7 +143,7 @@ class HFEngine:
         return " ".join(
             [
                 VERSION,
-                *versions,
+                *library_versions("torch", "transformers", "lm-eval"),
                 f"device={kind}",
                 f"dtype={str(parameter.dtype).removeprefix('torch.')}",
                 f"attention={getattr(self.model.config, '_attn_implementation', None)}",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib.metadata
 import math
 import random
 from collections import OrderedDict
@@ -19,6 +18,7 @@ import torch
 from evomerge.engines import inputs, vllm_options
 from evomerge.engines.decoding import GrowingText, Stops
 from evomerge.engines.encoding import Encoder
+from evomerge.environment import library_versions
 from evomerge.errors import CandidateFailed, EngineLost, EvomergeError, UserError
 from evomerge.evaluation.requests import Generated, Generation, Loglikelihood, Rolling
 from evomerge.losses import loss
@@ -147,14 +147,11 @@ class VLLMEngine:
             kind += f"/{torch.cuda.get_device_name()}".replace(" ", "-")
         else:
             kind += f"/{torch.backends.cpu.get_cpu_capability()}"
-        versions = (
-            f"{name}={importlib.metadata.version(name)}" for name in ("torch", "transformers", "lm-eval")
-        )
         return " ".join(
             [
                 vllm_options.VERSION,
                 f"vllm={vllm.__version__}",
-                *versions,
+                *library_versions("torch", "transformers", "lm-eval"),
                 f"device={kind}",
                 f"dtype={str(self._dtype).removeprefix('torch.')}",
                 f"tokenizer={self._encoder.sha256[:16]}",
