@@ -373,6 +373,7 @@ def test_rules_that_select_nothing_are_named(
     assert [sentence.split(":")[0] for sentence in said] == ["merges.m.rules.0", "merges.m.rules.2"]
 
 
+@pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_merge_that_is_stopped_leaves_nothing(
     number: signal.Signals,

@@ -28,8 +28,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EVOMERGE_CACHE", str(tmp_path / "cache"))
+def _own_cache(own_cache: None) -> None:
+    """Keep content hashes of test checkpoints apart."""
 
 
 def models(folder: Path, *names: str) -> list[str]:

@@ -13,8 +13,8 @@ from tests.models import KINDS, make_model
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EVOMERGE_CACHE", str(tmp_path_factory.mktemp("cache")))
+def _own_cache(own_cache: None) -> None:
+    """Keep content hashes of test checkpoints apart."""
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,8 @@ def test_exhausted_memory_does_not_fit_and_a_mistake_is_raised(
         probing.fits(live, 300, longest=100, room=None)
 
 
-def test_probing_in_a_process_of_its_own(family: dict[str, Path]) -> None:
+def test_probing_in_a_process_of_its_own(family: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     options: Any = {"dtype": "float32", "device": "cpu", "longest": 8, "max_length": 8, "largest": 2048}
     assert probing.probe_batch_tokens(str(family["base"]), **options) == 2048
-    assert probing.probe_batch_tokens("no such folder", **options) is None
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    assert probing.probe_batch_tokens(str(family["base"]), **options) is None

@@ -19,8 +19,8 @@ Peer = Callable[[Mapping[str, Any], Path], dict[str, torch.Tensor]]
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EVOMERGE_CACHE", str(tmp_path_factory.mktemp("cache")))
+def _own_cache(own_cache: None) -> None:
+    """Keep content hashes of test checkpoints apart."""
 
 
 @pytest.fixture(scope="session")

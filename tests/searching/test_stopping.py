@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,14 +37,6 @@ def short_list(run: evomerge.Run, round_: int) -> list[tuple[str, str, int | Non
         return store.short_list(round_)
     finally:
         store.close()
-
-
-@pytest.fixture
-def heard() -> Iterator[None]:
-    """Ctrl-C is listened to, also where the tests run in the background of a shell."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("heard")

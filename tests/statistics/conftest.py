@@ -4,6 +4,5 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep statistics of test checkpoints out of the user's cache folder."""
-    monkeypatch.setenv("EVOMERGE_CACHE", str(tmp_path_factory.mktemp("cache")))
+def _own_cache(own_cache: None) -> None:
+    """Keep statistics of test checkpoints apart."""

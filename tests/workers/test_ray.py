@@ -167,6 +167,7 @@ def test_a_worker_that_refuses_its_files_gives_the_users_sentence(
         ray.kill(slot.actor)
 
 
+@pytest.mark.usefixtures("heard")
 def test_ctrl_c_saves_says_how_to_resume_and_leaves_no_process(config: Path, tmp_path: Path) -> None:
     mark = uuid.uuid4().hex
     run = tmp_path / "run"
@@ -178,9 +179,12 @@ def test_ctrl_c_saves_says_how_to_resume_and_leaves_no_process(config: Path, tmp
         text=True,
         start_new_session=True,
     )
-    _wait_until(lambda: run.exists() and read_status(run).get("candidates", 0) >= 4)
-    driver.send_signal(signal.SIGINT)
-    _, said = driver.communicate(timeout=60)
+    try:
+        _wait_until(lambda: run.exists() and read_status(run).get("candidates", 0) >= 4)
+        driver.send_signal(signal.SIGINT)
+        _, said = driver.communicate(timeout=60)
+    finally:
+        driver.kill()
     assert driver.returncode == 75
     assert f"evomerge resume {run}" in said.splitlines()[-1]
     _wait_until(lambda: not _marked(mark), seconds=20)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -32,6 +32,12 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = build(out)
     assert result.returncode == 0, result.stderr
     return out
+
+
+def children_seconds() -> float:
+    """Return the processor time of the processes that were started from here and have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def rows(zoo: Path, skill: str, split: str) -> list[dict]:
@@ -147,9 +153,9 @@ def test_same_build_twice_gives_the_same_bytes(zoo: Path) -> None:
 def test_second_call_returns_at_once_and_a_lost_model_is_made_again(zoo: Path) -> None:
     weights = zoo / "text" / "model.safetensors"
     before = weights.read_bytes(), (zoo / "base" / "model.safetensors").stat().st_mtime_ns
-    start = time.monotonic()
+    used = children_seconds()
     assert "up to date" in build(zoo).stdout
-    assert time.monotonic() - start < 2
+    assert children_seconds() - used < 2
 
     (zoo / "text" / "zoo_stamp.json").write_text('{"stamp": "of older code"}')
     assert "built in" in build(zoo).stdout
