@@ -48,7 +48,7 @@ class LocalExecutor:
         if not self._queue:
             return None
         assert self._worker is not None, "start() comes first"
-        work = take(self._queue, self._held, ())
+        work = take(self._queue, self._held)
         answer = self._worker.run(work)
         self._held = None if isinstance(answer, WorkerLost) else work.recipes[-1]
         return answer

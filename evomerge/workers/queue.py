@@ -3,69 +3,73 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import count
 from typing import Any
 
 from evomerge.recipe import Recipe
 from evomerge.workers.work import Work
 
+Hops = tuple[tuple[Any, ...], ...]
 
-def take(queue: deque[Work], held: Recipe | None, elsewhere: Collection[str]) -> Work:
+
+def take(queue: deque[Work], held: Recipe | None, elsewhere: Sequence[Recipe] = ()) -> Work:
     """Remove and return the request that suits a free worker best.
 
-    First one whose weights the worker holds, so that nothing has to be merged; then, of those whose weights no
-    other worker holds, the one whose layer path has the most hops in common with the worker's from the beginning
-    on, so that these are still known; then the oldest.
+    First one whose weights the worker holds, so that nothing has to be merged; then one whose weights no other
+    worker holds. Of these the one whose layer path has the most hops in common with the worker's, from the first
+    on; then the one with the fewest in common with what others hold; then the oldest.
 
-    So a worker goes through the tree of all paths branch by branch: what it leaves behind for good, nobody waits
-    for. The request says where those that wait branch off (`Work.branches`), for what is worth keeping.
+    So a worker goes through the tree of all paths branch by branch, other workers through other branches: what it
+    leaves behind for good, nobody waits for. The request says where those that wait branch off (`Work.branches`),
+    for what is worth keeping.
 
     Args:
         queue: waiting requests, not empty.
         held: the recipe that the worker holds, if any.
-        elsewhere: hashes of the recipes that busy workers hold.
+        elsewhere: the recipes that other workers hold.
     """
-    in_common = {work.recipes[0].hash: 0 for work in queue}
-    if held is not None:
-        in_common |= {work.recipes[0].hash: common_hops(held, work.recipes[0]) for work in queue}
-
-    def fits(work: Work) -> tuple[bool, bool, int]:
-        recipe = work.recipes[0].hash
-        return held is not None and recipe == held.hash, recipe not in elsewhere, in_common[recipe]
-
+    recipes = {work.recipes[0].hash: work.recipes[0] for work in queue}
+    longest = max(len(recipe.path or ()) for recipe in recipes.values())
+    hops = {key: _hops(recipe, longest) for key, recipe in recipes.items()}
+    mine = () if held is None else _hops(held, longest)
+    theirs = [_hops(other, longest) for other in elsewhere]
+    taken = {other.hash for other in elsewhere}
+    suits = {
+        key: (
+            held is not None and key == held.hash,
+            key not in taken,
+            _in_common(mine, path),
+            -max((_in_common(other, path) for other in theirs), default=0),
+        )
+        for key, path in hops.items()
+    }
     # Of equals, max returns the first.
-    number, work = max(enumerate(queue), key=lambda entry: fits(entry[1]))
+    number, work = max(enumerate(queue), key=lambda entry: suits[entry[1].recipes[0].hash])
     del queue[number]
-    recipe = work.recipes[-1]
-    waiting = {other.recipes[0].hash: other.recipes[0] for other in queue}
-    waiting.pop(recipe.hash, None)
-    branches = {common_hops(recipe, other) for other in waiting.values()} - {0}
+    own = work.recipes[0].hash
+    waiting = {other.recipes[0].hash for other in queue} - {own}
+    branches = {_in_common(hops[own], hops[key]) for key in waiting} - {0}
     return replace(work, branches=tuple(sorted(branches)))
 
 
-def common_hops(one: Recipe, other: Recipe) -> int:
-    """Return with how many equal hops two layer paths begin; 0 if neither recipe has a path.
+def _hops(recipe: Recipe, longest: int) -> Hops:
+    """Return the hops of a recipe; without a path those through its only merge, or the model that this copies.
 
-    A recipe without a path is a path through all layers of its only merge, or of the model that this copies.
+    Args:
+        recipe: any.
+        longest: hops of the longest path to compare with; 0 where there is none.
     """
-    if one.path is None and other.path is None:
-        return 0
-    pairs = zip(_hops(one), _hops(other), strict=False)
-    return next((number for number, (a, b) in enumerate(pairs) if a != b), _length(one, other))
-
-
-def _length(*recipes: Recipe) -> int:
-    return min(len(recipe.path) for recipe in recipes if recipe.path is not None)
-
-
-def _hops(recipe: Recipe) -> Iterator[tuple[Any, ...]]:
     if recipe.path is not None:
-        for hop in recipe.path:
-            yield hop.model or hop.merge, hop.layer, hop.scale, hop.layers
-        return
+        return tuple(
+            (hop.model or hop.merge, hop.layer, hop.scale, *sorted(hop.layers.items())) for hop in recipe.path
+        )
     (name, merge), *_ = recipe.merges.items()
     copied = merge.method == "linear" and len(merge.inputs) == 1
-    for layer in count():
-        yield merge.inputs[0] if copied else name, layer, 1.0, {}
+    return tuple((merge.inputs[0] if copied else name, layer, 1.0) for layer in range(longest))
+
+
+def _in_common(one: Hops, other: Hops) -> int:
+    """Return with how many equal hops two paths begin."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((number for number, (a, b) in pairs if a != b), min(len(one), len(other)))

@@ -250,7 +250,7 @@ class RayExecutor:
     def _assign(self) -> None:
         for slot in self._slots:
             if slot.task is None and self._queue:
-                elsewhere = {other.held.hash for other in self._slots if other is not slot and other.held}
+                elsewhere = [other.held for other in self._slots if other is not slot and other.held]
                 slot.work = take(self._queue, slot.held, elsewhere)
                 slot.held = slot.work.recipes[-1]
                 slot.task = slot.actor.run.remote(slot.work)

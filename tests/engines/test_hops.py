@@ -17,7 +17,7 @@ from evomerge.engines.hf_host import HFHost
 from evomerge.evaluation.requests import Generation, Loglikelihood, Rolling
 from evomerge.merging import open_parents, pin
 from evomerge.recipe import Recipe
-from evomerge.workers.queue import common_hops, take
+from evomerge.workers.queue import take
 from evomerge.workers.work import Work
 from tests.merging.helpers import make_recipe
 from tests.models import make_model
@@ -93,7 +93,7 @@ class Searched:
         queue = deque(Work(r.hash, (r,), BLOCK) for r in {r.hash: r for r in recipes}.values())
         held = None
         while queue:
-            work = take(queue, held, ())
+            work = take(queue, held)
             (held,) = work.recipes
             engine = self.host.hold(held, work.branches)
             before = self.host.layer_evaluations
@@ -157,7 +157,6 @@ def test_merges_of_one_name_and_other_weights_share_nothing(llamas):
         update={"merges": {"m": one.merges["m"].model_copy(update={"parameters": {"weight": 0.5}})}}
     )
     host, alone = host_of(llamas, [one]), host_of(llamas, [one], prefix_sharing=0)
-    assert common_hops(one, other) == 3
     for recipe in (one, other, one):
         assert everything(host.hold(recipe, [2, 3])) == everything(alone.hold(recipe))
     assert host.layer_evaluations.saved == 0
@@ -187,8 +186,6 @@ def test_an_engine_whose_layers_cannot_be_left_out_runs_them_all(llamas, monkeyp
 def test_a_model_without_a_path_is_one_too(llamas):
     path = recipe_of(llamas, [("a", 0, 1.0), ("a", 1, 1.0), ("b", 2, 1.0), ("a", 3, 1.0)])
     copy = make_recipe(llamas, merge={"method": "linear", "inputs": ["a"], "parameters": {"weight": 1.0}})
-    assert common_hops(path, copy) == common_hops(copy, path) == 2
-    assert common_hops(copy, copy) == 0
     host = host_of(llamas, [path])
     host.hold(path, ())
     readings(host.hold(pin(copy, open_parents(copy)), [2]))
