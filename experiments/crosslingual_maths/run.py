@@ -210,13 +210,13 @@ def main() -> None:
             )
 
     found = {(line["name"], line.get("seed")) for line in lines}
-    jobs: list[tuple[str, Any]] = [("references", [name for name, seed in found if seed is None])]
-    jobs += [
+    jobs: list[tuple[str, Any]] = [
         ("search", (arm.name, seed))
         for seed in range(options.seeds)
         for arm in ARMS
         if (arm.name, seed) not in found and (options.only is None or arm.name in options.only)
     ]
+    jobs.append(("references", [name for name, seed in found if seed is None]))
     with get_context("spawn").Pool(options.jobs, maxtasksperchild=1) as pool:
         for new in pool.imap_unordered(_run, jobs):
             keep(new)
