@@ -19,6 +19,10 @@ from convert import sha256
 from problems import Problem, maths, ordering, prompt, reading, translations
 
 STAMP = "build.json"
+SAVED_EVERY = 20
+"""Steps after which an unfinished training is written down."""
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+"""What AdamW keeps of each parameter."""
 
 
 @dataclass(frozen=True)
@@ -107,12 +111,14 @@ def train(name: str, base: Path, out: Path, settings: Settings) -> None:
         task_type="CAUSAL_LM",
     )
     model = get_peft_model(model, lora, autocast_adapter_dtype=False)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=0.0)
-    examples = EXPERTS[name](settings.seed)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), lr=settings.learning_rate, weight_decay=0.0)
+    progress = _Progress(out.with_name(f".{out.name}.progress.safetensors"), _stamp(name, base, settings))
+    first = progress.restore(trained, optimizer)
+    examples = itertools.islice(EXPERTS[name](settings.seed), first * settings.batch, None)
     model.train()
     started, losses = time.monotonic(), []
-    for step in range(settings.steps):
+    for step in range(first, settings.steps):
         share = step / settings.steps
         rate = min(1.0, (step + 1) / 10) * 0.5 * (1 + math.cos(math.pi * share))
         for group in optimizer.param_groups:
@@ -120,17 +126,18 @@ def train(name: str, base: Path, out: Path, settings: Settings) -> None:
         batch = _batch(tokenizer, [next(examples) for _ in range(settings.batch)])
         loss = _loss(model, batch)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
-        if (step + 1) % 20 == 0:
+        if (step + 1) % SAVED_EVERY == 0:
             spent = time.monotonic() - started
-            left = spent / (step + 1) * (settings.steps - step - 1)
-            mean = sum(losses[-20:]) / 20
+            left = spent / (step + 1 - first) * (settings.steps - step - 1)
+            mean = sum(losses[-SAVED_EVERY:]) / SAVED_EVERY
             print(
                 f"  {name}: step {step + 1}/{settings.steps}, loss {mean:.3f}, {left:.0f} s left", flush=True
             )
+            progress.save(step + 1, trained, optimizer)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
@@ -141,6 +148,50 @@ def train(name: str, base: Path, out: Path, settings: Settings) -> None:
     (partial / STAMP).write_text(json.dumps(_stamp(name, base, settings)) + "\n")
     shutil.rmtree(out, ignore_errors=True)
     partial.replace(out)
+    progress.forget()
+
+
+class _Progress:
+    """A training that is not finished, in a file, so that an interrupted one goes on as if nothing had happened.
+
+    Args:
+        file: where it is kept.
+        stamp: what decides the expert; of another expert nothing is restored.
+    """
+
+    def __init__(self, file: Path, stamp: dict[str, Any]) -> None:
+        self.file, self.stamp = file, json.dumps(stamp, sort_keys=True)
+
+    def save(self, steps: int, trained: dict[str, Any], optimizer: Any) -> None:
+        """Write what was learned in `steps` steps."""
+        from safetensors.torch import save_file
+
+        kept = {f"weight {name}": p.detach() for name, p in trained.items()}
+        for name, p in trained.items():
+            kept.update({f"{key} {name}": value for key, value in optimizer.state[p].items()})
+        partial = self.file.with_suffix(".partial")
+        save_file(kept, partial, {"steps": str(steps), "stamp": self.stamp})
+        partial.replace(self.file)
+
+    def restore(self, trained: dict[str, Any], optimizer: Any) -> int:
+        """Take up what is kept; return how many steps it has seen."""
+        import torch
+        from safetensors import safe_open
+
+        if not self.file.exists():
+            return 0
+        with safe_open(self.file, "pt") as kept:
+            if kept.metadata()["stamp"] != self.stamp:
+                return 0
+            for name, p in trained.items():
+                with torch.no_grad():
+                    p.copy_(kept.get_tensor(f"weight {name}"))
+                optimizer.state[p] = {key: kept.get_tensor(f"{key} {name}") for key in MOMENTS}
+            return int(kept.metadata()["steps"])
+
+    def forget(self) -> None:
+        """Remove the file: the expert is there."""
+        self.file.unlink(missing_ok=True)
 
 
 def _loss(model: Any, batch: dict[str, Any]) -> Any:

@@ -65,3 +65,36 @@ def test_asking_what_is_no_model_is_one_sentence(tmp_path: Path) -> None:
     assert run.returncode == 2
     assert "has no config.json" in run.stderr
     assert len(run.stderr.splitlines()) == 1
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("peft"), reason="scripts/build_smollm2 installs peft")
+def test_an_interrupted_training_goes_on_as_if_nothing_had_happened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: dict[str, Path]
+) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import experts  # type: ignore[import-not-found]
+
+    monkeypatch.setattr(experts, "SAVED_EVERY", 2)
+    settings = experts.Settings(steps=6, batch=2)
+    experts.train("maths", family["base"], tmp_path / "maths", settings)
+
+    batches = experts._batch
+    seen = 0
+
+    def killed(tokenizer: object, examples: list[tuple[str, str]]) -> dict[str, object]:
+        nonlocal seen
+        seen += 1
+        if seen == 6:
+            raise KeyboardInterrupt
+        return dict(batches(tokenizer, examples))
+
+    other = tmp_path / "again" / "maths"
+    other.parent.mkdir()
+    monkeypatch.setattr(experts, "_batch", killed)
+    with pytest.raises(KeyboardInterrupt):
+        experts.train("maths", family["base"], other, settings)
+    experts.train("maths", family["base"], other, settings)
+    assert seen == 8
+    weights = "adapter_model.safetensors"
+    assert (other / weights).read_bytes() == (tmp_path / "maths" / weights).read_bytes()
+    assert [p.name for p in other.parent.iterdir()] == ["maths"]
