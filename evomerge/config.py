@@ -179,13 +179,23 @@ class OutputConfig(Output):
 
 
 class Workers(Frozen):
-    """Who does the work: Ray actors (local or of a cluster at `address`), or this process."""
+    """Who does the work: Ray actors (local or of a cluster at `address`), or this process.
+
+    Attributes:
+        cpus: cores of each worker. One that computes on the CPU has as many threads, which are part of its engine's
+            fingerprint: how a product is cut over threads changes its last bits.
+    """
 
     type: Literal["ray", "local"] = "ray"
     count: Auto | Positive = "auto"
     cpus: Annotated[Number, Field(gt=0)] = 1
     gpus: Auto | Annotated[Number, Field(ge=0)] = "auto"
     address: str | None = None
+
+    @property
+    def threads(self) -> int:
+        """Threads of one operation of a worker: its whole cores, 1 at least."""
+        return max(1, int(self.cpus))
 
 
 class Cache(Frozen):

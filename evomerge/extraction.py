@@ -25,6 +25,7 @@ from evomerge.checkpoints.completeness import input_embedding
 from evomerge.checkpoints.model_config import nested_key
 from evomerge.checkpoints.names import is_outside
 from evomerge.errors import CheckpointError, UserError
+from evomerge.threads import one_thread_per_operation
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -315,16 +316,11 @@ def _in_order(
 ) -> Iterator[_Factors]:
     """Run the decompositions, several at a time on a CPU, each on one thread, so that it gives the same bits."""
     count = (threads or len(os.sched_getaffinity(0))) if device == "cpu" else 1
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(count) as pool:
-            for done, factors in enumerate(pool.map(work, names), start=1):
-                if progress is not None:
-                    progress(done, len(names))
-                yield factors
-    finally:
-        torch.set_num_threads(before)
+    with one_thread_per_operation(), ThreadPoolExecutor(count) as pool:
+        for done, factors in enumerate(pool.map(work, names), start=1):
+            if progress is not None:
+                progress(done, len(names))
+            yield factors
 
 
 def _origin(base: str | Path, ancestor: Checkpoint) -> str:

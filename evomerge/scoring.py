@@ -18,8 +18,12 @@ from evomerge.mergekit import Reading, open_recipe
 from evomerge.recipe import Merge, Output, Recipe, Source
 
 if TYPE_CHECKING:
+    import torch
+
+    from evomerge.checkpoints import Checkpoint
     from evomerge.evaluation.entries import Reply
     from evomerge.evaluation.report import MetricValue, Results
+    from evomerge.evaluation.requests import Engine as LiveEngine
     from evomerge.evaluation.suite import Suite
 
 log = logging.getLogger(__name__)
@@ -113,17 +117,10 @@ def evaluate(
         UserError: the model or the config; also if the model's answers cannot be scored.
     """
     config = suite if isinstance(suite, Config) else load_config(suite, overrides)
-    reading = model_reading(model, base=base, dtype=dtype, engine=config.engine)
-    recipe = reading.recipe
     if split == "test" and not isinstance(model, Recipe):
         _refuse_early_opening(Path(model))
-    prepare(offline=not (config.uses_hub or recipe.uses_hub))
-    from evomerge.merging import open_parents, output_tokenizer, pin, plan_merge
-
     # Before the imports below, which take seconds: a mistyped model is told at once.
-    with reading.in_file():
-        checkpoints = open_parents(recipe)
-    from evomerge.engines import open_host
+    subject = open_subject(model, base=base, dtype=dtype, engine=config.engine, offline=not config.uses_hub)
     from evomerge.evaluation.score_cache import ScoreCache, scores_folder
     from evomerge.evaluation.statistics import score
     from evomerge.evaluation.suite import Suite
@@ -132,33 +129,27 @@ def evaluate(
     from evomerge.searching.results import score_dict
     from evomerge.searching.setup import decide_chat_template, decide_engine, probe_engine, probes
 
-    with reading.in_file():
-        recipe = pin(recipe, checkpoints)
-        plan = plan_merge(recipe, checkpoints)
-    label = label_of(model, recipe)
+    tokenizer = subject.tokenizer
     probed = probes(config)
-    config = decide_engine(config, checkpoints[plan.donor])
-    tokenizer = output_tokenizer(recipe, checkpoints)
+    config = decide_engine(config, subject.donor)
     file = None if isinstance(suite, Config) else str(suite)
-    config = decide_chat_template(config, checkpoints, tokenizer, file, {"model": label})
+    config = decide_chat_template(config, subject.checkpoints, tokenizer, file, {"model": subject.label})
     built = Suite.build(config.suite, config.splits, tokenizer, splits_needed=(split,), file=file)
     if probed and config.engine.device == "cuda":
-        config = probe_engine(config, checkpoints[plan.donor], built, tokenizer, plan.dtype)
+        config = probe_engine(config, subject.donor, built, tokenizer, subject.dtype)
     reported = {
         task.name
         for task in built.tasks
         if (scorer := built.harness(task.name)) is not None and (all_metrics or not scorer.means)
     }
-    host = open_host(config.engine, checkpoints, tokenizer)
     table: dict[str, dict[str, ItemScore]] = {}
     results: dict[str, dict[tuple[str, str], list[Any]]] = {name: {} for name in reported}
-    with told_of(label, "what was scored is kept: "), contextlib.closing(host):
-        engine = host.hold(recipe)
+    with subject.held(config.engine, config.workers.threads, "what was scored is kept: ") as engine:
         parts = [part for block in built.fixed_blocks(split, packing=engine.packing) for part in block.parts]
         cache = ScoreCache(
             scores_folder(config.cache.scores), engine.fingerprint, log.warning, unshared=built.unshared
         )
-        identity = Identities(checkpoints).of(recipe)
+        identity = Identities(subject.checkpoints).of(subject.recipe)
         known = cache.known(identity, parts)
         total, done = sum(len(part.items) for part in parts), 0
         progress(0, total)
@@ -182,7 +173,7 @@ def evaluate(
         mapped = score_dict(score(values_of(table), built.weights, seed=config.seed), table)
         scored = mapped | {"tasks": scored["tasks"]}
     return Evaluation(
-        model=label,
+        model=subject.label,
         split=split,
         score=scored,
         metrics={task.name: task.metric for task in built.tasks},
@@ -191,18 +182,90 @@ def evaluate(
     )
 
 
-@contextlib.contextmanager
-def told_of(label: str, comfort: str = "") -> Iterator[None]:
-    """Say of which model it is that scoring ended early.
+@dataclass(frozen=True)
+class Subject:
+    """A model that is to be scored.
+
+    Attributes:
+        label: what reports call it.
+        recipe: pinned to its content.
+        checkpoints: its parents, by name.
+        donor: the parent whose config the live model has.
+        dtype: of the live model's weights.
+        tokenizer: of the live model.
+    """
+
+    label: str
+    recipe: Recipe
+    checkpoints: Mapping[str, Checkpoint]
+    donor: Checkpoint
+    dtype: torch.dtype
+    tokenizer: Any
+
+    @contextlib.contextmanager
+    def held(self, settings: Engine, threads: int | None = None, comfort: str = "") -> Iterator[LiveEngine]:
+        """Give an engine with the model's weights, and say of which model it is that scoring ended early.
+
+        Args:
+            settings: `device`, `batch_tokens` and `max_length` already decided.
+            threads: of one operation, on the CPU; None: as it is.
+            comfort: what to know before trying again.
+
+        Raises:
+            UserError: the model cannot be scored.
+            InfrastructureError: the engine was lost.
+        """
+        from evomerge.engines import open_host
+        from evomerge.threads import threads_per_operation
+
+        fixed = settings.device == "cpu" and threads
+        host = open_host(settings, self.checkpoints, self.tokenizer)
+        with (
+            _told_of(self.label, comfort),
+            threads_per_operation(fixed) if fixed else contextlib.nullcontext(),
+            contextlib.closing(host),
+        ):
+            yield host.hold(self.recipe)
+
+
+def open_subject(
+    model: Path | str | Recipe,
+    *,
+    base: Path | str | None,
+    dtype: str | None,
+    engine: Engine,
+    offline: bool = True,
+) -> Subject:
+    """Open a model in any form; see `evaluate`.
 
     Args:
-        label: what reports call the model.
-        comfort: what to know before trying again.
+        model, base, dtype: as for `evaluate`.
+        engine: its dtype counts where nothing else is said.
+        offline: whether all else is on this machine.
 
     Raises:
-        UserError: the model cannot be scored.
-        InfrastructureError: the engine was lost.
+        UserError: no such model, or its parents do not fit each other.
     """
+    reading = _model_reading(model, base=base, dtype=dtype, engine=engine)
+    prepare(offline=offline and not reading.recipe.uses_hub)
+    from evomerge.merging import open_parents, output_tokenizer, pin, plan_merge
+
+    with reading.in_file():
+        checkpoints = open_parents(reading.recipe)
+        recipe = pin(reading.recipe, checkpoints)
+        plan = plan_merge(recipe, checkpoints)
+    return Subject(
+        label=f"recipe {recipe.hash}" if isinstance(model, Recipe) else str(model),
+        recipe=recipe,
+        checkpoints=checkpoints,
+        donor=checkpoints[plan.donor],
+        dtype=plan.dtype,
+        tokenizer=output_tokenizer(recipe, checkpoints),
+    )
+
+
+@contextlib.contextmanager
+def _told_of(label: str, comfort: str) -> Iterator[None]:
     try:
         yield
     except CandidateFailed as reason:
@@ -236,15 +299,9 @@ def _reports(
     return reports
 
 
-def label_of(model: Path | str | Recipe, recipe: Recipe) -> str:
-    """Return what reports call a model: as it was named; a `Recipe` by the hash of what it is pinned to."""
-    return f"recipe {recipe.hash}" if isinstance(model, Recipe) else str(model)
-
-
-def model_reading(
+def _model_reading(
     model: Path | str | Recipe, *, base: Path | str | None, dtype: str | None, engine: Engine
 ) -> Reading:
-    """Return a model in any form as a recipe; see `evaluate`. The engine's dtype counts where nothing else is said."""
     reading = Reading(model) if isinstance(model, Recipe) else reading_of(str(model), base)
     if base is not None and isinstance(model, Recipe):
         raise UserError("--base: it is for adapters; a recipe names its models itself")

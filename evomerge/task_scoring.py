@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,13 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evomerge.config import Engine
-from evomerge.environment import prepare
 from evomerge.errors import UserError
 from evomerge.evaluation.report import MetricValue, shown
 from evomerge.overrides import overridden
 from evomerge.recipe import Recipe
 from evomerge.schema import Frozen, validate
-from evomerge.scoring import label_of, model_reading, told_of
+from evomerge.scoring import open_subject
 from evomerge.suite_config import Suite, TaskSpec
 
 if TYPE_CHECKING:
@@ -157,17 +155,8 @@ def evaluate_tasks(
     suite, specs, settings = _settings(
         tasks, num_fewshot, include, chat_template, {"type": engine, "device": device}, overrides
     )
-    reading = model_reading(model, base=base, dtype=dtype, engine=settings)
-    recipe = reading.recipe
-    prepare(offline=not recipe.uses_hub)
-    from evomerge.merging import open_parents, output_tokenizer, pin, plan_merge
-
-    with reading.in_file():
-        checkpoints = open_parents(recipe)
-        recipe = pin(recipe, checkpoints)
-        plan = plan_merge(recipe, checkpoints)
+    subject = open_subject(model, base=base, dtype=dtype, engine=settings)
     from evomerge.checkpoints.tokenizer import chat_templates
-    from evomerge.engines import open_host
     from evomerge.evaluation.chat import PromptStyle, decide_chat, prompt_style
     from evomerge.evaluation.entries import ask
     from evomerge.evaluation.library import Library
@@ -176,9 +165,7 @@ def evaluate_tasks(
     from evomerge.evaluation.whole import WholeTask
     from evomerge.searching.setup import decided
 
-    label = label_of(model, recipe)
-    settings = decided(settings, checkpoints[plan.donor])
-    tokenizer = output_tokenizer(recipe, checkpoints)
+    settings, tokenizer = decided(settings, subject.donor), subject.tokenizer
     library = Library(suite.include, None)
     expansions = {spec.task: library.expand(spec.task, key="--tasks") for spec in specs}
 
@@ -191,18 +178,16 @@ def evaluate_tasks(
     def first_prompt(style: PromptStyle) -> str | None:
         return next((prompt for task in opened(style) if (prompt := task.prompt()) is not None), None)
 
-    templates = {name: chat_templates(c.path) for name, c in checkpoints.items()}
+    templates = {name: chat_templates(c.path) for name, c in subject.checkpoints.items()}
     if set(templates) == {"model"}:
-        templates = {label: templates["model"]}
+        templates = {subject.label: templates["model"]}
     suite = decide_chat(suite, tokenizer, templates, first_prompt, key="--chat-template", file=None)
     whole = {task.name: task for task in opened(prompt_style(suite, tokenizer, None))}
     total, done = sum(map(len, whole.values())), 0
     results: dict[str, dict[tuple[str, str], list[Any]]] = {}
     scores: dict[str, TaskScores] = {}
     progress(0, total)
-    host = open_host(settings, checkpoints, tokenizer)
-    with told_of(label), contextlib.closing(host):
-        held = host.hold(recipe)
+    with subject.held(settings) as held:
         for name, task in whole.items():
             requests = task.requests()
             size = max(_FEWEST_AT_ONCE, -(-len(requests) // _STEPS))
@@ -224,7 +209,7 @@ def evaluate_tasks(
         metrics = report_group(expansion.aggregates, found, results, seed=seed)
         if expansion.group is not None and metrics:
             groups[expansion.group] = TaskScores(tuple(metrics), sum(scores[name].n for name in names))
-    return TaskEvaluation(label, scores, groups, fingerprint)
+    return TaskEvaluation(subject.label, scores, groups, fingerprint)
 
 
 class _Settings(Frozen):

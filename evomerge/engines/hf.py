@@ -133,7 +133,7 @@ class HFEngine:
             kind += f"/{torch.cuda.get_device_name(self.device)}".replace(" ", "-")
         elif kind == "cpu":
             kind += f"/{torch.backends.cpu.get_cpu_capability()}"
-            # How a matrix product is cut over threads changes its bits. Workers have one.
+            # How a matrix product is cut over threads changes its bits.
             threads = torch.get_num_threads()
             kind += "" if threads == 1 else f"/{threads}-threads"
         paths = (

@@ -120,7 +120,7 @@ def execute(
         return Operands(base, inputs)
 
     def run(function: Callable[[TensorJob], None], jobs: Iterable[TensorJob]) -> None:
-        with torch.no_grad():
+        with torch.no_grad(), one_thread_per_operation():
             if threads <= 1:
                 for job in jobs:
                     function(job)
@@ -142,7 +142,7 @@ def _in_threads(work: Callable[[TensorJob], None], jobs: Iterable[TensorJob], th
         with torch.no_grad():
             work(job)
 
-    with one_thread_per_operation(), ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         futures = [pool.submit(quiet, job) for job in jobs]
         try:
             for future in futures:

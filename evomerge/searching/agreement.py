@@ -56,8 +56,8 @@ def record_fingerprint(store: Store, fingerprint: str, folder: Path) -> None:
     elif known != fingerprint:
         raise UserError(
             f"{folder}: this engine is not the one that the run was scored with, and scores of two engines are "
-            f"never compared (then: {known}; now: {fingerprint}); resume it with the versions and the kind of "
-            f"machine it had, or start a new run from {folder}/config.yaml"
+            f"never compared (then: {known}; now: {fingerprint}); resume it with the versions, the kind of "
+            f"machine and the workers.cpus it had, or start a new run from {folder}/config.yaml"
         )
 
 

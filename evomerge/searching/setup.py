@@ -97,6 +97,7 @@ class Setup:
             suite=self.config.suite,
             splits=self.config.splits,
             engine=self.config.engine,
+            threads=self.config.workers.threads,
             offline=not self.config.uses_hub,
             config_file=str(config_file),
         )

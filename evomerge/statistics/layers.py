@@ -22,6 +22,7 @@ from evomerge.merging.sinks import LiveSink
 from evomerge.recipe import Recipe
 from evomerge.statistics.files import Source
 from evomerge.statistics.grams import Captured, LayerGrams, capturing
+from evomerge.threads import one_thread_per_operation
 
 NAME = "model"
 
@@ -159,13 +160,8 @@ def jobs_at(plan: MergePlan, layer: int | None) -> list[TensorJob]:
 @contextmanager
 def _threads() -> Iterator[Executor]:
     """Give a pool with a thread for each CPU, in which every operation keeps to its thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(_cpus()) as pool:
-            yield pool
-    finally:
-        torch.set_num_threads(before)
+    with one_thread_per_operation(), ThreadPoolExecutor(_cpus()) as pool:
+        yield pool
 
 
 def _cpus() -> int:

@@ -224,7 +224,7 @@ class RayExecutor:
 
         name = f"worker-{self._started}"
         self._started += 1
-        threads = str(max(1, int(self._config.cpus)))
+        threads = str(self._config.threads)
         actor = (
             ray.remote(Worker)
             .options(

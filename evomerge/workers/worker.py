@@ -38,6 +38,7 @@ class WorkerSpec:
         suite, splits: what is scored.
         engine: how; `device`, `batch_tokens` and `max_length` already decided.
         splits_needed: the item sets to build.
+        threads: of one operation, on the CPU.
         offline: forbid hub access.
         config_file: named in errors about the suite.
     """
@@ -47,6 +48,7 @@ class WorkerSpec:
     splits: Splits
     engine: EngineConfig
     splits_needed: tuple[Split, ...] = SPLITS
+    threads: int = 1
     offline: bool = True
     config_file: str = ""
 
@@ -160,7 +162,7 @@ class _Bench:
         from evomerge.merging import output_tokenizer
 
         if spec.engine.device == "cpu":
-            torch.set_num_threads(1)
+            torch.set_num_threads(spec.threads)
         checkpoints = _open(spec.sources)
         tokenizer = output_tokenizer(recipe, checkpoints)
         self._open: Callable[[], Host] = lambda: open_host(spec.engine, checkpoints, tokenizer)
