@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from evomerge.config import Config, Engine, load_config
 from evomerge.environment import prepare
-from evomerge.errors import CandidateFailed, InfrastructureError, UserError
+from evomerge.errors import CandidateFailed, InfrastructureError, UserError, in_file
 from evomerge.evaluation.items import ItemScore, Split
 from evomerge.losses import loss
 from evomerge.mergekit import Reading, open_recipe
@@ -131,8 +131,9 @@ def evaluate(
 
     tokenizer = subject.tokenizer
     probed = probes(config)
-    config = decide_engine(config, subject.donor)
     file = None if isinstance(suite, Config) else str(suite)
+    with in_file(file):
+        config = decide_engine(config, subject.donor)
     config = decide_chat_template(config, subject.checkpoints, tokenizer, file, {"model": subject.label})
     built = Suite.build(config.suite, config.splits, tokenizer, splits_needed=(split,), file=file)
     if probed and config.engine.device == "cuda":

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+
+_TABLE = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings?)\.weight$")
+_TABLE_TYPES = ("codegen", "ctrl", "gptj")
+"""Model types with a table of positions that is no tensor of the checkpoint."""
 
 _NESTED = ("text_config", "llm_config", "language_config")
 
@@ -26,6 +31,17 @@ def positions(config: Mapping[str, Any]) -> int | None:
     text = text_config(config)
     names = ("n_positions", "max_position_embeddings", "n_ctx")
     return next((int(text[name]) for name in names if text.get(name) is not None), None)
+
+
+def last_position(config: Mapping[str, Any], tensors: Iterable[str]) -> int | None:
+    """Return how many tokens a model can read at all, in tokens; None where positions are computed, not looked up.
+
+    Args:
+        config: of the model.
+        tensors: names of its tensors: a table of learned positions is one of them.
+    """
+    looked_up = text_config(config).get("model_type") in _TABLE_TYPES or any(map(_TABLE.search, tensors))
+    return positions(config) if looked_up else None
 
 
 def set_tied(config: dict[str, Any], tied: bool) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from evomerge.config import Config, Engine, ModelRef
 from evomerge.data_config import TaskItems, TextFile
 from evomerge.environment import prepare
-from evomerge.errors import UserError, at
+from evomerge.errors import UserError, at, in_file
 from evomerge.evaluation.items import Block, Item, Split
 from evomerge.evaluation.requests import Rolling
 from evomerge.recipe import Recipe, Source
@@ -160,11 +160,11 @@ def decided(engine: Engine, base: Checkpoint) -> Engine:
     """Return an engine's settings with device, token budget and context length decided.
 
     Raises:
-        UserError: the engine is not installed, or does not know an option.
+        UserError: the engine is not installed, does not know an option, or is to read longer texts than the model can.
     """
     import torch
 
-    from evomerge.checkpoints.model_config import positions
+    from evomerge.checkpoints.model_config import last_position, positions
     from evomerge.engines import check_engine, default_batch_tokens
 
     device = engine.device
@@ -173,6 +173,13 @@ def decided(engine: Engine, base: Checkpoint) -> Engine:
     tokens = (
         default_batch_tokens(engine.type, device) if engine.batch_tokens == "auto" else engine.batch_tokens
     )
+    most = last_position(base.config, base.tensors)
+    if engine.max_length is not None and most is not None and engine.max_length > most:
+        raise UserError(
+            f"{engine.max_length} is more than the {most} positions that {base.path} knows; set at most {most}, or "
+            "leave it out",
+            key="engine.max_length",
+        )
     length = engine.max_length or positions(base.config) or 2048
     settings = engine.model_copy(update={"device": device, "batch_tokens": tokens, "max_length": length})
     check_engine(settings)
@@ -381,7 +388,8 @@ def set_up(
     probed = weights and probes(config)
     checkpoints, warnings = open_models(config)
     base = checkpoints[BASE]
-    config = pin_revisions(decide_engine(config, base), checkpoints)
+    with in_file(file):
+        config = pin_revisions(decide_engine(config, base), checkpoints)
     config, mixed = decide_output(config, base)
     config = config.model_copy(update={"output": pin_output(config.output, checkpoints)})
     warnings += mixed

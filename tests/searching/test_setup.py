@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from evomerge.checkpoints import open_checkpoint
+from evomerge.checkpoints.model_config import last_position
+from evomerge.cli import main
 from evomerge.config import Engine, load_config
 from evomerge.engines import probing
 from evomerge.errors import UserError
@@ -39,6 +41,41 @@ def test_a_base_of_mixed_formats_is_searched_in_one(tmp_path: Path, tasks: Path)
 def test_the_models_own_length_is_what_its_config_calls_so(tmp_path: Path, kind: str) -> None:
     model = open_checkpoint(str(make_model(tmp_path / kind, kind=kind)))
     assert decided(Engine(device="cpu"), model).max_length == 512
+
+
+def test_a_length_beyond_a_table_of_positions_is_refused(
+    tmp_path: Path, tasks: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    family = make_family(tmp_path, kind="gpt2")
+    config = make_config(tmp_path, family, tasks)
+    said = (
+        f"evomerge: {config}: engine.max_length: 513 is more than the 512 positions that {family['base']} knows; set "
+        "at most 512, or leave it out"
+    )
+    longer = ["--set", "engine.max_length=513"]
+    for command in (["plan", str(config)], ["evaluate", str(family["base"]), "--config", str(config)]):
+        assert main([*command, *longer]) == 2
+        assert capsys.readouterr().err.strip().splitlines()[-1] == said
+    assert main(["plan", str(config), "--set", "engine.max_length=512"]) == 0
+
+
+def test_computed_positions_go_on_beyond_the_length_of_the_training(family: dict[str, Path]) -> None:
+    model = open_checkpoint(str(family["base"]))
+    assert decided(Engine(device="cpu", max_length=700), model).max_length == 700
+
+
+@pytest.mark.parametrize(
+    ("kind", "tensors", "positions"),
+    [
+        ("opt", ("model.decoder.embed_positions.weight", "model.decoder.embed_tokens.weight"), 64),
+        ("gpt_neo", ("transformer.wpe.weight", "transformer.wte.weight"), 64),
+        ("gptj", ("transformer.wte.weight",), 64),
+        ("llama", ("model.embed_tokens.weight",), None),
+        ("bloom", ("word_embeddings.weight",), None),
+    ],
+)
+def test_who_looks_its_positions_up(kind: str, tensors: tuple[str, ...], positions: int | None) -> None:
+    assert last_position({"model_type": kind, "max_position_embeddings": 64}, tensors) == positions
 
 
 def test_one_format_is_left_as_it_is(family: dict[str, Path], tasks: Path, tmp_path: Path) -> None:
