@@ -13,12 +13,15 @@ from typing import Any
 
 import yaml
 
+from evomerge.checkpoints import is_adapter
+from evomerge.checkpoints.tokenizer import chat_templates
 from evomerge.config import RESERVED, Config, parse_config
 from evomerge.errors import UserError
 from evomerge.evaluation.items import SPLITS
 from evomerge.evaluation.library import Library
 from evomerge.mergekit import open_recipe
 from evomerge.methods.registry import Parameter, get_method
+from evomerge.output import Output, Tokenizer
 from evomerge.recipe import Merge, Recipe, Source, expand_home
 from evomerge.schema import parse_yaml
 from evomerge.settings import Filtered, Gradient, Scalar, Setting
@@ -52,7 +55,8 @@ class _Start:
         base, experts: models by name.
         merge: its method, dialect and parameters; inputs are the experts' names.
         uses_base: whether a base that is optional takes part.
-        dtype: number format of the output.
+        output: form of the merged models; names are those of the config.
+        speaks: whether the merged models have a chat template.
         about: comments for the head of the file.
     """
 
@@ -61,7 +65,8 @@ class _Start:
     experts: Mapping[str, Source]
     merge: Merge
     uses_base: bool
-    dtype: str | None
+    output: Output
+    speaks: bool
     about: tuple[str, ...]
 
 
@@ -92,7 +97,7 @@ def initial_config(
     else:
         start = _from_models(sources, method)
     folders = tuple(str(expand_home(folder).resolve()) for folder in include)
-    lines, splits = _suite(tasks, folders)
+    lines, splits = _suite(tasks, folders, start.speaks)
     space = [line for parameter in _order(start.merge) for line in _parameter(parameter, start.merge)]
     if not any("range:" in line for line in space):
         raise UserError(
@@ -114,7 +119,7 @@ def initial_config(
                 "",
                 *splits,
                 "",
-                *([f"output: {{dtype: {start.dtype}}}", ""] if start.dtype else []),
+                *_output(start.output),
                 "workers: {type: ray, count: auto}     # one process a core or GPU; or: local",
                 "seed: 0",
                 "",
@@ -156,13 +161,17 @@ def _from_file(file: Path) -> _Start:
         if depths
         else ()
     )
+    experts = {names[model]: recipe.models[model] for model in inputs}
+    output = _in_names(recipe.output, {**names, base: "base"})
+    output, speaks = _chat(output, {"base": recipe.models[base], **experts})
     return _Start(
         name=re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).strip("-._") or "search",
         base=recipe.models[base],
-        experts={names[model]: recipe.models[model] for model in inputs},
+        experts=experts,
         merge=renamed,
         uses_base=merge.base is not None or not role.startswith("optional"),
-        dtype=recipe.output.dtype,
+        output=output,
+        speaks=speaks,
         about=(f"A search around the merge of {file.name}: it starts there.", *reading.notes, *ends),
     )
 
@@ -210,7 +219,43 @@ def _from_models(sources: Sequence[str], method: str) -> _Start:
     except ValueError as error:
         raise UserError(str(error)) from None
     about = ("A search over merges of a base and its fine-tunes.",)
-    return _Start("search", Source(source=_located(sources[0])), experts, merge, True, None, about)
+    base = Source(source=_located(sources[0]))
+    output, speaks = _chat(Output(), {"base": base, **experts})
+    return _Start("search", base, experts, merge, True, output, speaks, about)
+
+
+def _in_names(output: Output, names: Mapping[str, str]) -> Output:
+    """Return a form of the output in which models have other names; what is the default is left out."""
+    tokenizer = output.tokenizer
+    if isinstance(tokenizer, Tokenizer):
+        data = tokenizer.model_dump(exclude_defaults=True)
+        data["source"] = names.get(tokenizer.source, tokenizer.source)
+        for rule in data.get("tokens", {}).values():
+            if "model" in rule["source"]:
+                rule["source"]["model"] = names[rule["source"]["model"]]
+        tokenizer = Tokenizer.model_validate(data)
+    elif tokenizer is not None:
+        tokenizer = names.get(tokenizer, tokenizer)
+        tokenizer = None if tokenizer == "base" else tokenizer
+    template = output.chat_template
+    template = None if template is None else names.get(template, template)
+    return output.model_copy(update={"tokenizer": tokenizer, "chat_template": template})
+
+
+def _chat(output: Output, models: Mapping[str, Source]) -> tuple[Output, bool]:
+    """Return the output with the experts' chat template where it would have none, and whether it has one now.
+
+    A model that is not on this machine counts as having none.
+    """
+    folders = {name: Path(source.source) for name, source in models.items()}
+    templates = {
+        name: not is_adapter(folder) and bool(chat_templates(folder)) for name, folder in folders.items()
+    }
+    if output.chat_template is not None or templates.get(output.vocabulary.source, templates["base"]):
+        return output, output.chat_template != "auto" or any(templates.values())
+    if not any(templates.values()):
+        return output, False
+    return output.model_copy(update={"chat_template": "auto"}), True
 
 
 def _located(text: str) -> str:
@@ -312,7 +357,7 @@ def _range(parameter: Parameter, numbers: Sequence[float]) -> list[float]:
     return [round(low, 4), round(high, 4)]
 
 
-def _suite(tasks: Sequence[str], include: Sequence[str]) -> tuple[list[str], list[str]]:
+def _suite(tasks: Sequence[str], include: Sequence[str], speaks: bool) -> tuple[list[str], list[str]]:
     """Write the suite and the splits: by the names that all tasks share, else cut from each task's own split."""
     library = Library(include, None)
     cuts: dict[str, str | None] = {}
@@ -327,6 +372,10 @@ def _suite(tasks: Sequence[str], include: Sequence[str]) -> tuple[list[str], lis
     lines = ["suite:"]
     if include:
         lines.append(f"  include: {_flow(list(include))}   # folders of task files")
+    if speaks:
+        lines.append(
+            "  chat_template: true                 # prompts are messages of a conversation; false: plain text"
+        )
     lines.append("  tasks:                              # what is measured, and how much each one counts")
     for task, cut in cuts.items():
         entry: dict[str, Any] = {"task": task, "weight": weights[task]}
@@ -422,6 +471,14 @@ def _space(start: _Start, parameters: Sequence[str]) -> list[str]:
 def _flow(data: Any) -> str:
     text = yaml.safe_dump(data, default_flow_style=True, sort_keys=False, width=math.inf, allow_unicode=True)
     return text.removesuffix("\n").removesuffix("\n...")
+
+
+def _output(output: Output) -> list[str]:
+    form = output.model_dump(mode="json", exclude_defaults=True)
+    if not form:
+        return []
+    auto = "   # chat_template: auto is that of most models" if form.get("chat_template") == "auto" else ""
+    return [f"output: {_flow(form)}{auto}", ""]
 
 
 def _dimension(text: str, start: _Start) -> int:

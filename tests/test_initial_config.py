@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,11 @@ import pytest
 import yaml
 
 from evomerge.cli import main
-from evomerge.config import load_config
+from evomerge.config import Config, load_config
 from evomerge.mergekit import from_mergekit
 from evomerge.merging import merge
 from evomerge.recipe import Source
+from evomerge.searching.setup import set_up
 from evomerge.spaces import CoefficientSpace
 from tests.merging.helpers import digests, read
 from tests.models import make_family
@@ -134,6 +136,67 @@ def test_from_models_the_first_is_the_base(
     assert list(config.models.experts) == ["b", "c"]
     assert config.space.method == "task_arithmetic"
     assert main(["plan", str(file)]) == 0
+
+
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+
+
+@pytest.fixture
+def talking(folder: Path, tmp_path: Path) -> Path:
+    """The same models; ``b`` has a chat template."""
+    shutil.copytree(folder, tmp_path / "talking")
+    (tmp_path / "talking" / "models" / "b" / "chat_template.jinja").write_text(TEMPLATE)
+    return tmp_path / "talking"
+
+
+def init(folder: Path, out: Path, *sources: str) -> Config:
+    tasks = ["--tasks", "tiny_a", "--include", str(folder / "tasks"), "-o", str(out)]
+    assert main(["init", *sources, *tasks]) == 0
+    assert main(["plan", str(out)]) == 0
+    return load_config(out)
+
+
+def test_an_experts_chat_template_is_the_merged_models_and_the_prompts(talking: Path, tmp_path: Path) -> None:
+    out = tmp_path / "c.yaml"
+    config = init(talking, out, *models(talking, "base", "a", "b"))
+    assert config.suite.chat_template is True
+    assert config.output.chat_template == "auto"
+    suite = set_up(config, file=out).suite
+    request = next(iter(suite.requests()))
+    assert request.context.startswith("<user>tiny_a ")
+    assert request.context.endswith("<assistant>")
+
+
+def test_a_bases_chat_template_is_the_outputs_anyway(talking: Path, tmp_path: Path) -> None:
+    config = init(talking, tmp_path / "c.yaml", *models(talking, "b", "a", "base"))
+    assert config.suite.chat_template is True
+    assert config.output.chat_template is None
+
+
+def test_without_a_chat_template_nothing_is_said_of_it(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "c.yaml"
+    assert init(folder, out, *models(folder, "base", "a")).suite.chat_template is None
+    assert "chat_template" not in out.read_text()
+
+
+def test_the_published_outputs_tokenizer_and_chat_template_are_kept(talking: Path, tmp_path: Path) -> None:
+    data = document(
+        talking,
+        """
+        models: [{model: a, parameters: {weight: 0.5}}, {model: b, parameters: {weight: 0.5}}]
+        base_model: base
+        merge_method: task_arithmetic
+        chat_template: chatml
+        tokenizer: {source: B, pad_to_multiple_of: 8, tokens: {<s>: {source: B}}}
+        """.replace("B", str(talking / "models" / "b")),
+    )
+    (tmp_path / "published.yml").write_text(yaml.safe_dump(data))
+    config = init(talking, tmp_path / "c.yaml", str(tmp_path / "published.yml"))
+    assert config.output.chat_template == "chatml"
+    assert config.suite.chat_template is True
+    assert config.output.vocabulary.source == "b"
+    assert config.output.vocabulary.pad_to_multiple_of == 8
+    assert config.output.vocabulary.tokens["<s>"].source.model == "b"
 
 
 def test_a_budget_follows_the_dimension(folder: Path, tmp_path: Path) -> None:
