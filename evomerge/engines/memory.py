@@ -13,6 +13,9 @@ _LOGIT_COPIES = 3
 _WIDE_ACTIVATIONS, _NARROW_ACTIVATIONS = 3, 8
 """Activations of a layer that live at once: of the size of the feed-forward layer, and of the hidden size."""
 
+_BRANCHES = 10
+"""Places where waiting layer paths leave one of them; of 24 candidates it has been up to 9."""
+
 
 @dataclass(frozen=True)
 class WorkingMemory:
@@ -24,7 +27,7 @@ class WorkingMemory:
         logits: of the positions that are scored at once.
         activations: of one forward pass.
         one_text: the part of `keys_and_values` without which there is no answer: those of the longest text.
-        beginnings: at most, of what layer paths that begin alike share.
+        beginnings: of what layer paths that begin alike share.
     """
 
     keys_and_values: int | None
@@ -86,7 +89,7 @@ def working_memory(
     kept = min(KEPT_BYTES, prefix_tokens * per_token)
     scored = min(tokens, max(1, LOGITS_AT_ONCE.get(device, 2**22) // max(1, vocabulary)))
     # All that is kept belongs to the beginnings of one path.
-    states = (layers or 0) * hidden * width + (per_token if growing_tokens else 0)
+    states = min(layers or 0, _BRANCHES) * hidden * width + (per_token if growing_tokens else 0)
     beginnings = min(budget(settings), shared_tokens * states)
     logits = scored * vocabulary * 4 * _LOGIT_COPIES
     return WorkingMemory(growing + kept, logits, activations, one_text, beginnings)

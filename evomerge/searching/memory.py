@@ -111,7 +111,7 @@ class Memory:
 
     @property
     def _beginnings(self) -> str:
-        return f", at most {size(self.working.beginnings)} shared hops" if self.working.beginnings else ""
+        return f", {size(self.working.beginnings)} shared hops" if self.working.beginnings else ""
 
     def warnings(self) -> list[str]:
         """Return what may go wrong, one sentence each."""

@@ -12,7 +12,7 @@ import torch
 
 from evomerge.checkpoints.tokenizer import load_tokenizer
 from evomerge.config import Engine as EngineConfig
-from evomerge.engines import hops
+from evomerge.engines import generation, hops
 from evomerge.engines.hf_host import HFHost
 from evomerge.evaluation.requests import Generation, Loglikelihood, Rolling
 from evomerge.merging import open_parents, pin
@@ -117,7 +117,9 @@ def family(request, tmp_path_factory) -> dict[str, Path]:
     return {"a": a, "b": make_model(folder / "b", 2, base=a, noise=0.1, **options)}
 
 
-def test_every_answer_is_the_one_that_a_path_gives_alone(family):
+def test_every_answer_is_the_one_that_a_path_gives_alone(family, monkeypatch):
+    # Texts wait for others to end.
+    monkeypatch.setitem(generation.ROWS, "cpu", 4)
     recipes = [recipe_of(family, path) for path in random_paths(3, 8)]
     alone = Searched(family, recipes, prefix_sharing=0)
     assert alone.saved == alone.most == 0
