@@ -45,6 +45,10 @@ from evomerge.suite_config import Splits
 from evomerge.suite_config import Suite as SuiteConfig
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from readme import put_tables  # noqa: E402
+
 RESULTS = HERE / "results.jsonl"
 TASKS = ("arc_easy", "arc_easy_5shot", "hellaswag", "wikidata", "wikitext2", "svamp", "gsm8k")
 SPLITS = Splits(search="search", validation="validation", test="test")
@@ -286,11 +290,7 @@ def main() -> None:
     if options.force:
         RESULTS.unlink(missing_ok=True)
     measure(options)
-    readme = HERE / "README.md"
-    text = readme.read_text()
-    start, end = "<!-- results -->", "<!-- end -->"
-    before, after = text.split(start)[0], text.split(end)[1]
-    readme.write_text(before + start + "\n" + table() + end + after)
+    put_tables(HERE / "README.md", table())
 
 
 if __name__ == "__main__":

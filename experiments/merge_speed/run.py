@@ -29,6 +29,10 @@ import yaml
 from checkpoints import make
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from readme import put_tables  # noqa: E402
+
 RESULTS = HERE / "results.jsonl"
 METHODS: dict[str, dict[str, Any]] = {
     "linear": {},
@@ -232,13 +236,8 @@ def main() -> None:
         folder = options.folder or Path(scratch)
         for size in options.sizes.split(","):
             measure(size, options.methods.split(","), options.repeats, folder, options.plain)
-    readme = HERE / "README.md"
-    text = readme.read_text() if readme.exists() else ""
-    start, end = "<!-- results -->", "<!-- end -->"
-    if start in text:
-        machine = f"\n{platform.machine()}, {os.cpu_count()} CPUs, torch {torch.__version__}.\n"
-        before, after = text.split(start)[0], text.split(end)[1]
-        readme.write_text(before + start + machine + table() + end + after)
+    machine = f"{platform.machine()}, {os.cpu_count()} CPUs, torch {torch.__version__}.\n"
+    put_tables(HERE / "README.md", machine + table())
     plot()
 
 
