@@ -11,7 +11,7 @@ import yaml
 from evomerge.cli import main
 from evomerge.errors import CheckpointError, UserError
 from evomerge.mergekit import from_mergekit, is_mergekit, open_recipe, read_mergekit
-from evomerge.mergekit.reading import PARAMETERS
+from evomerge.mergekit.parameters import PARAMETERS
 from evomerge.merging import merge
 from evomerge.methods.registry import all_methods
 from evomerge.recipe import Hop
