@@ -122,7 +122,7 @@ def build_parts(out: Path, settings: Settings, stamp: str, call: Call, force: bo
     todo = parts if force else missing(out, settings, stamp)
     if "tasks" in todo:
         with whole(out / "tasks", stamp) as folder:
-            write_tasks(folder, settings.seed)
+            write_tasks(folder, settings.splits, settings.seed)
     waiting = [model for model in settings.models if model.name in todo]
     while waiting:
         names = {model.name for model in waiting}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from settings import Settings
-from skills import SKILLS, SPLITS, Item, draw_splits
+from skills import SKILLS, Item, draw_splits
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -21,7 +21,7 @@ def score_model(folder: Path, settings: Settings, split: str) -> dict[str, float
     model = LlamaForCausalLM.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     return {
-        name: exact_match(model, tokenizer, draw_splits(skill, SPLITS, settings.seed)[split])
+        name: exact_match(model, tokenizer, draw_splits(skill, settings.splits, settings.seed)[split])
         for name, skill in SKILLS.items()
     }
 

@@ -6,7 +6,7 @@ import json
 import random
 from pathlib import Path
 
-from skills import SKILLS, SPLITS, Item, draw_splits, held_out_keys
+from skills import SKILLS, Item, draw_splits, held_out_keys
 
 HEADER = """\
 task: zoo_{skill}
@@ -49,10 +49,10 @@ metadata:
 """
 
 
-def write_tasks(folder: Path, seed: int) -> None:
-    """Write every skill's YAML and items to `folder`. The `data_files` are relative to it."""
+def write_tasks(folder: Path, sizes: dict[str, int], seed: int) -> None:
+    """Write every skill's YAML to `folder`, and `sizes[split]` items of each split. Paths are relative to it."""
     for skill in SKILLS.values():
-        splits = draw_splits(skill, SPLITS, seed)
+        splits = draw_splits(skill, sizes, seed)
         held_out_keys(splits)
         files = "\n".join(f"    {split}: data/{skill.name}_{split}.jsonl" for split in splits)
         text = HEADER.format(skill=skill.name, files=files) + (CHOICE if skill.choices else GENERATE)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from settings import Settings, Shape, Training
-from skills import SKILLS, SPLITS, Item, draw_splits, held_out_keys, stream
+from skills import SKILLS, Item, draw_splits, held_out_keys, stream
 from tokenizer import build_tokenizer, save_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
@@ -36,14 +36,14 @@ def new_model(shape: Shape, seed: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def training_items(training: Training, seed: int) -> Iterator[Item]:
+def training_items(training: Training, settings: Settings) -> Iterator[Item]:
     """Yield items of the mixture for ever, none of which any split holds."""
     rng = random.Random(f"{training.seed} {training.name} mixture")
     streams = {
         name: stream(
             SKILLS[name],
             random.Random(f"{training.seed} {training.name} {name}"),
-            held_out_keys(draw_splits(SKILLS[name], SPLITS, seed)),
+            held_out_keys(draw_splits(SKILLS[name], settings.splits, settings.seed)),
         )
         for name in training.shares
     }
@@ -87,6 +87,8 @@ def make_optimizers(model: LlamaForCausalLM, training: Training) -> list[tuple[t
     """The optimizers, each with its learning rate. From random weights, Muon learns in a third of AdamW's steps."""
     matrices, others = [], []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         is_matrix = training.matrix_rate is not None and parameter.ndim == 2 and ".layers." in name
         (matrices if is_matrix else others).append(parameter)
     adam = torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
@@ -96,6 +98,23 @@ def make_optimizers(model: LlamaForCausalLM, training: Training) -> list[tuple[t
     return optimizers
 
 
+def put_layers(model: LlamaForCausalLM, layers: torch.nn.ModuleList) -> None:
+    """Let the model go through these layers."""
+    model.model.layers = layers
+    model.config.num_hidden_layers = len(layers)
+
+
+def random_depth(layers: torch.nn.ModuleList, training: Training, rng: random.Random) -> torch.nn.ModuleList:
+    """The layers that one step goes through, in order: of those between the first and the last, some twice or not."""
+    path = [layers[0]]
+    for layer in layers[1:-1]:
+        chance = rng.random()
+        path += [layer] * (
+            0 if chance < training.drop else 2 if chance < training.drop + training.repeat else 1
+        )
+    return torch.nn.ModuleList([*path, layers[-1]])
+
+
 def train(training: Training, settings: Settings, parent: Path | None, out: Path) -> None:
     """Train one model and save its weights, configs and tokenizer in the folder `out`."""
     torch.set_num_threads(1)
@@ -103,11 +122,18 @@ def train(training: Training, settings: Settings, parent: Path | None, out: Path
     logging.disable_progress_bar()
     model = LlamaForCausalLM.from_pretrained(parent) if parent else new_model(settings.shape, training.seed)
     model.train()
-    batches = Batches(training_items(training, settings.seed), training.batch)
+    if training.layers is not None:
+        model.requires_grad_(False)
+        model.model.layers[slice(*training.layers)].requires_grad_(True)
+    layers = model.model.layers
+    rng = random.Random(f"{training.seed} {training.name} layers")
+    batches = Batches(training_items(training, settings), training.batch)
     optimizers = make_optimizers(model, training)
     start = time.monotonic()
     for step in range(training.steps):
         ids, labels = next(batches)
+        if training.drop or training.repeat:
+            put_layers(model, random_depth(layers, training, rng))
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
         learned = labels[:, 1:] != IGNORED
         loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[learned]), labels[:, 1:][learned])
@@ -127,5 +153,6 @@ def train(training: Training, settings: Settings, parent: Path | None, out: Path
                 f"  {speed:.1f} steps/s  {left:.0f} s left",
                 flush=True,
             )
+    put_layers(model, layers)
     model.save_pretrained(out)
     save_tokenizer(out)

@@ -97,7 +97,7 @@ import itertools, json, sys
 from settings import full_settings
 from train import training_items
 settings = full_settings()
-prompts = {model.name: [item.prompt for item in itertools.islice(training_items(model, settings.seed), 20000)]
+prompts = {model.name: [item.prompt for item in itertools.islice(training_items(model, settings), 20000)]
            for model in settings.models}
 json.dump(prompts, sys.stdout)
 """
@@ -209,3 +209,42 @@ def test_tasks_load_in_lm_eval_and_every_index_is_right_equally_often(
             golds = Counter(row["gold"] for row in rows(zoo, skill, split))
             assert sorted(golds) == list(range(choices))
             assert max(golds.values()) - min(golds.values()) <= 1
+
+
+def test_experts_of_the_deep_zoo_differ_from_their_base_in_middle_layers_only(tmp_path: Path) -> None:
+    from safetensors.numpy import load_file
+
+    result = build(tmp_path / "deep", "--deep")
+    assert result.returncode == 0, result.stderr
+    weights = {name: load_file(tmp_path / "deep" / name / "model.safetensors") for name in MODELS}
+    config = json.loads((tmp_path / "deep" / "base" / "config.json").read_text())
+    assert config["num_hidden_layers"] == 5
+    for expert in MODELS[1:]:
+        changed = {key for key, value in weights[expert].items() if (value != weights["base"][key]).any()}
+        places = {key.split(".")[2] for key in changed}
+        assert places == {"1", "2", "3"}, changed
+    assert len(rows(tmp_path / "deep", "add", "test")) > 180
+
+
+def test_a_step_at_random_depth_keeps_the_ends_and_leaves_out_or_repeats_the_others() -> None:
+    source = """
+import json, random, sys
+import torch
+from settings import Training
+from train import random_depth
+layers = torch.nn.ModuleList(torch.nn.Identity() for _ in range(6))
+training = Training("base", None, {}, 1, 0.1, 0, drop=0.3, repeat=0.2)
+rng = random.Random(0)
+names = {id(layer): place for place, layer in enumerate(layers)}
+json.dump([[names[id(l)] for l in random_depth(layers, training, rng)] for _ in range(2000)], sys.stdout)
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "scripts" / "zoo")}
+    result = subprocess.run(
+        [sys.executable, "-c", source], capture_output=True, text=True, env=environment, check=True
+    )
+    paths = json.loads(result.stdout)
+    assert all(path == sorted(path) and path.count(0) == path.count(5) == 1 for path in paths)
+    times = Counter(path.count(layer) for path in paths for layer in range(1, 5))
+    assert set(times) == {0, 1, 2}
+    assert times[0] / 8000 == pytest.approx(0.3, abs=0.02)
+    assert times[2] / 8000 == pytest.approx(0.2, abs=0.02)
