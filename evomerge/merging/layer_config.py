@@ -26,11 +26,13 @@ _PER_LAYER = (
     "num_attention_heads",
     "num_key_value_heads",
     "activation_sparsity_pattern",
+    "moe_topk",
+    "indexer_types",
 )
 _INDICES = ("mlp_only_layers", "attn_layer_indices", "moe_layers", "full_attn_idxs")
 
 # Keys from which transformers derives a layer's kind by its index: the values for which all layers are alike,
-# and the per-layer list that takes precedence.
+# and the per-layer list that takes precedence, if there is one.
 _BY_INDEX: dict[str, tuple[tuple[Any, ...], str]] = {
     "sliding_window_pattern": ((None, 1), "layer_types"),
     "full_attention_interval": ((None, 1), "layer_types"),
@@ -44,6 +46,10 @@ _BY_INDEX: dict[str, tuple[tuple[Any, ...], str]] = {
     "attention_types": ((None,), ""),
     "scale_attn_by_inverse_layer_idx": ((None, False), ""),
 }
+# Model types whose layers compute by their index: a constant of the attention, the decay of a linear one.
+_BY_PLACE = ("diffllama", "minimax")
+# By which the embeddings have a part for each layer.
+_FOR_EACH_LAYER = "hidden_size_per_layer_input"
 _SAME_WINDOW_TYPES = ("mistral", "mixtral", "phi3", "qwen3_moe", "starcoder2")
 
 # Model types whose layers attend to a window from `max_window_layers` on, with that key's default.
@@ -66,7 +72,7 @@ def path_config(path: Sequence[Hop], donors: Sequence[Checkpoint]) -> dict[str, 
         CheckpointError: a config says by a layer's index what kind it is, in a way that no other order can say.
     """
     config = copy.deepcopy(donors[0].config)
-    texts = [_explicit_kinds(donor) for donor in donors]
+    texts = _alike([_explicit_kinds(donor) for donor in donors], donors)
     text: dict[str, Any] = copy.deepcopy(texts[0])
     moved = any(hop.layer != index for index, hop in enumerate(path)) or len(path) != donors[0].num_layers
     if moved:
@@ -188,23 +194,51 @@ def _explicit_kinds(donor: Checkpoint) -> dict[str, Any]:
     return text
 
 
+def _alike(texts: Sequence[dict[str, Any]], donors: Sequence[Checkpoint]) -> list[dict[str, Any]]:
+    """Return the configs, with `layer_types` in all of them if one has it: older versions wrote none."""
+    if not any(isinstance(text.get("layer_types"), list) for text in texts):
+        return list(texts)
+    return [
+        text
+        if isinstance(text.get("layer_types"), list) or derived_kind(text) is not None
+        else {**text, "layer_types": [_only_kind(text)] * donor.num_layers}
+        for text, donor in zip(texts, donors, strict=True)
+    ]
+
+
+def _only_kind(text: Mapping[str, Any]) -> str:
+    windowed = text.get("sliding_window") and text.get("use_sliding_window", True)
+    return "sliding_attention" if windowed else "full_attention"
+
+
 def _refuse_derived_kinds(donor: Checkpoint, text: Mapping[str, Any]) -> None:
-    """Refuse configs that say by a layer's index what kind it is: moved layers would change their kind."""
+    """Refuse configs by which its index decides what a layer computes: moved layers would compute otherwise."""
     reason = derived_kind(text)
-    if reason is not None:
-        raise CheckpointError(
-            f"{donor.path}: config key '{reason}' gives layers their kind by index, so moved layers "
-            "would change; save the model with a current transformers, which writes the kinds down, or keep "
-            "all layers in order"
-        )
+    if reason is None:
+        return
+    what = {
+        "model_type": f"is '{text.get('model_type')}', whose layers compute by their index",
+        _FOR_EACH_LAYER: "gives each layer a part of the embeddings by its index",
+    }.get(reason, "gives layers their kind by index")
+    written = reason == "sliding_window" or _BY_INDEX.get(reason, ((), ""))[1]
+    instead = (
+        "save the model with a current transformers, which writes the kinds down, or " if written else ""
+    )
+    raise CheckpointError(
+        f"{donor.path}: config key '{reason}' {what}, so moved layers would change; {instead}keep all layers in "
+        "order"
+    )
 
 
 def derived_kind(text: Mapping[str, Any]) -> str | None:
-    """Return the key, if any, by which the language model's config gives layers their kind by index."""
+    """Return the key, if any, by which the language model's config makes what a layer computes depend on its index."""
+    if text.get("model_type") in _BY_PLACE:
+        return "model_type"
+    if text.get(_FOR_EACH_LAYER):
+        return _FOR_EACH_LAYER
     for key, (plain, precedence) in _BY_INDEX.items():
         if text.get(key) not in plain and not isinstance(text.get(precedence), list):
             return key
-    windowed = text.get("sliding_window") and text.get("use_sliding_window", True)
-    if windowed and not isinstance(text.get("layer_types"), list):
+    if _only_kind(text) == "sliding_attention" and not isinstance(text.get("layer_types"), list):
         return None if text.get("model_type") in _SAME_WINDOW_TYPES else "sliding_window"
     return None

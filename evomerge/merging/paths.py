@@ -117,15 +117,34 @@ FOLDABLE_TYPES = frozenset(_FORMS)
 _ARITHMETIC = (
     "model_type",
     "hidden_act",
+    "hidden_activation",
+    "activation_function",
     "num_attention_heads",
+    "n_head",
     "num_key_value_heads",
     "head_dim",
     "rms_norm_eps",
     "layer_norm_eps",
-    "sliding_window",
+    "layer_norm_epsilon",
+    "norm_eps",
+    "norm_epsilon",
     "attention_multiplier",
     "residual_multiplier",
+    "query_pre_attn_scalar",
+    "scale_attn_weights",
+    "use_parallel_residual",
+    "rotary_pct",
+    "rotary_emb_base",
+    "attention_chunk_size",
+    "num_experts_per_tok",
+    "norm_topk_prob",
+    "n_group",
+    "topk_group",
+    "routed_scaling_factor",
+    "scoring_func",
 )
+# Those of them that null turns off.
+_SWITCHED = ("attn_logit_softcapping", "clip_qkv")
 
 
 @dataclass(frozen=True)
@@ -166,8 +185,8 @@ def check_hops(path: Sequence[Hop], donors: Sequence[Checkpoint]) -> None:
         for key in ours:
             if key in theirs and ours[key] != theirs[key]:
                 raise CheckpointError(
-                    f"{donor.path}: config key '{key}' is {theirs[key]!r}, the path's first model has "
-                    f"{ours[key]!r}; layers of the two cannot share one config"
+                    f"{donor.path}: config key '{key}' is {_said(theirs[key])}, the path's first model has "
+                    f"{_said(ours[key])}; layers of the two cannot share one config"
                 )
 
 
@@ -263,8 +282,25 @@ def _layer_shapes(donor: Checkpoint, layer: int) -> dict[str, tuple[int, ...]]:
 def _arithmetic(donor: Checkpoint) -> dict[str, Any]:
     """Return the config values that decide what a layer computes, where the config gives them."""
     text = donor.text_config
-    values = {key: text.get(key) for key in _ARITHMETIC} | rope_settings(text)
-    return {key: value for key, value in values.items() if value is not None}
+    values = {key: text[key] for key in _ARITHMETIC if text.get(key) is not None} | rope_settings(text)
+    values |= {key: text[key] for key in _SWITCHED if key in text}
+    if "sliding_window" in text:
+        values["sliding_window"] = _window(text)
+    return values
+
+
+def _window(text: Mapping[str, Any]) -> int | None:
+    """Return how far windowed layers look back; None where no layer has a window, or one as long as its texts."""
+    window = text["sliding_window"]
+    kinds = text.get("layer_types")
+    used = window and text.get("use_sliding_window", True)
+    if not used or (isinstance(kinds, list) and "sliding_attention" not in kinds):
+        return None
+    return None if window >= (text.get("max_position_embeddings") or math.inf) else int(window)
+
+
+def _said(value: Any) -> str:
+    return "not set" if value is None else repr(value)
 
 
 def _folds(donor: Checkpoint, hop: Hop, index: int, product: float) -> dict[str, Fold]:

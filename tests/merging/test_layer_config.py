@@ -162,3 +162,57 @@ def test_gpt2_layers_scaled_by_their_index_cannot_be_moved(tmp_path):
         CheckpointError, match="'scale_attn_by_inverse_layer_idx' gives layers their kind by index"
     ):
         plan_merge(recipe, open_parents(recipe))
+
+
+EACH_OF_FOUR = {"layer_types": ["sliding_attention", "full_attention"] * 2}
+BY_PLACE = [
+    ("diffllama", {}, "'model_type' is 'diffllama', whose layers compute by their index"),
+    (
+        "minimax",
+        {"num_local_experts": 2, "layer_types": ["linear_attention", "full_attention"] * 2, "block_size": 8},
+        "'model_type' is 'minimax', whose layers compute by their index",
+    ),
+    (
+        "gemma3n_text",
+        {
+            "hidden_size_per_layer_input": 4,
+            "vocab_size_per_layer_input": VOCAB,
+            "num_kv_shared_layers": 0,
+            "activation_sparsity_pattern": [0.0] * 4,
+            "laurel_rank": 4,
+            "altup_num_inputs": 2,
+            **EACH_OF_FOUR,
+        },
+        "'hidden_size_per_layer_input' gives each layer a part of the embeddings by its index",
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "options", "said"), BY_PLACE, ids=[kind for kind, *_ in BY_PLACE])
+def test_layers_that_compute_by_their_index_may_be_swapped_and_not_moved(tmp_path, kind, options, said):
+    options = {"kind": kind, "tokenizer": False, **options}
+    models = {name: make_model(tmp_path / name, seed, **options) for seed, name in enumerate("ab")}
+
+    def config_of(*hops):
+        recipe = make_recipe(models, path=[{"model": name, "layer": layer} for name, layer in hops])
+        return plan_merge(recipe, open_parents(recipe)).config
+
+    for hops in ([("a", 0), ("a", 2), ("a", 1), ("a", 3)], [("a", 0), ("a", 1), ("a", 2)]):
+        with pytest.raises(
+            CheckpointError, match=f"{said}, so moved layers would change; keep all layers in order"
+        ):
+            config_of(*hops)
+    assert config_of(("a", 0), ("b", 1), ("b", 2), ("a", 3))["num_hidden_layers"] == 4
+
+
+def test_the_experts_of_each_layer_follow_it(tmp_path):
+    own = {"num_experts": 3, "moe_topk": [1, 2, 3, 1], "head_dim": 8}
+    folder = make_model(tmp_path / "a", kind="hunyuan_v1_moe", tokenizer=False, **own)
+    recipe = make_recipe({"a": folder}, path=[{"model": "a", "layer": layer} for layer in PATHS["longer"]])
+    out = merge(recipe, tmp_path / "out")
+    assert json.loads((out / "config.json").read_text())["moe_topk"] == [1, 1, 2, 2, 3, 1]
+    exported = AutoModelForCausalLM.from_pretrained(out).eval()
+    live = Materializer(open_parents(recipe)).materialize(recipe)
+    with torch.no_grad():
+        assert error(exported(IDS).logits, moved(folder, PATHS["longer"])(IDS).logits) < 1e-5
+        assert torch.equal(live(IDS).logits, exported(IDS).logits)

@@ -223,6 +223,55 @@ def test_layers_of_models_with_another_arithmetic_cannot_join(family, tmp_path):
         plan_merge(recipe, open_parents(recipe))
 
 
+ARITHMETIC = [
+    ("gemma2", {}, {"attn_logit_softcapping": 5.0}, "'attn_logit_softcapping' is 5.0"),
+    ("gemma2", {}, {"query_pre_attn_scalar": 32}, "'query_pre_attn_scalar' is 32"),
+    ("gemma2", {}, {"hidden_activation": "silu"}, "'hidden_activation' is 'silu'"),
+    ("mixtral", {}, {"num_experts_per_tok": 1}, "'num_experts_per_tok' is 1"),
+    ("qwen3_moe", {}, {"norm_topk_prob": True}, "'norm_topk_prob' is True"),
+    ("gpt_neox", {}, {"use_parallel_residual": False}, "'use_parallel_residual' is False"),
+    ("gpt2", {}, {"n_head": 2}, "'n_head' is 2"),
+    ("gpt2", {}, {"layer_norm_epsilon": 0.01}, "'layer_norm_epsilon' is 0.01"),
+    ("mistral", {"sliding_window": 8}, {"sliding_window": 6}, "'sliding_window' is 6, .* has 8"),
+]
+
+
+@pytest.mark.parametrize(("kind", "options", "changes", "said"), ARITHMETIC)
+def test_what_computes_otherwise_from_the_same_tensors_cannot_join(tmp_path, kind, options, changes, said):
+    options = {"kind": kind, "tokenizer": False, **options}
+    models = {name: make_model(tmp_path / name, seed, **options) for seed, name in enumerate("ab")}
+    edit_config(models["b"], **changes)
+    recipe = make_recipe(models, path=to_path([("a", 0, 1), ("b", 1, 1), ("a", 3, 1)]))
+    with pytest.raises(CheckpointError, match=said):
+        plan_merge(recipe, open_parents(recipe))
+
+
+def test_a_layer_with_a_window_cannot_join_layers_without(tmp_path):
+    options = {"kind": "mistral", "tokenizer": False}
+    a = make_model(tmp_path / "a", 1, sliding_window=8, **options)
+    b = make_model(tmp_path / "b", 2, sliding_window=None, **options)
+    recipe = make_recipe({"a": a, "b": b}, path=to_path([("a", 0, 1), ("b", 1, 1), ("a", 3, 1)]))
+    with pytest.raises(CheckpointError, match=r"'sliding_window' is not set, .* has 8"):
+        plan_merge(recipe, open_parents(recipe))
+
+
+def test_windows_that_no_layer_uses_keep_nobody_out(tmp_path):
+    models = {
+        name: make_model(tmp_path / name, seed, kind="qwen2", tokenizer=False)
+        for seed, name in enumerate("abc")
+    }
+    # As transformers 4 wrote it, as 5 does, and a window as long as the longest text.
+    edit_config(models["a"], layer_types=None)
+    config = json.loads((models["a"] / "config.json").read_text())
+    config |= {"sliding_window": 4096, "use_sliding_window": False}
+    (models["a"] / "config.json").write_text(json.dumps(config))
+    edit_config(models["c"], sliding_window=512, use_sliding_window=True, max_window_layers=4)
+    for hops in ([("a", 0, 1), ("b", 1, 1), ("c", 3, 1)], [("b", 0, 1), ("a", 1, 1), ("b", 3, 1)]):
+        recipe = make_recipe(models, path=to_path(hops))
+        plan = plan_merge(recipe, open_parents(recipe))
+        assert plan.config["layer_types"] == ["full_attention"] * 3
+
+
 def test_layers_of_models_with_other_tensors_cannot_join(family, tmp_path):
     other = make_model(tmp_path / "other", attention_bias=True)
     recipe = make_recipe({**family, "other": other}, path=to_path([("a", 0, 1), ("other", 1, 1)]))
