@@ -16,7 +16,7 @@ from evomerge.evaluation.statistics import Score, compare_all, minimum_detectabl
 from evomerge.layers_config import MERGED
 from evomerge.recipe import Recipe
 from evomerge.searching.progress import prefix_sharing
-from evomerge.searching.ranking import values_of
+from evomerge.searching.ranking import fitness_of, values_of
 from evomerge.searching.rundir import RESULTS, write_json
 from evomerge.searching.scheduler import Scheduler
 from evomerge.searching.store import Store
@@ -99,8 +99,8 @@ def build_results(store: Store, setup: Setup, scheduler: Scheduler) -> dict[str,
         },
         "optimism": _difference(scores["search"], scores["test"]),
         "optimism_best_seen": None
-        if best_seen is None or "mean" not in scores["test"]
-        else best_seen - scores["test"]["mean"],
+        if best_seen is None or isinstance(won, str)
+        else best_seen - fitness_of(won, weights),
         "candidates": counts["candidates"],
         "failed_candidates": counts["failed"],
         "screened_candidates": counts["screened"],

@@ -167,7 +167,7 @@ def search(
     refuse_taken(folder)
     with stopped_by_signals(), Closing(display):
         setup = _set_up(parsed, file, display)
-        store = create_run(folder, setup.config, original)
+        store = create_run(folder, setup.config, original, given=parsed)
         _drive(folder, store, setup, setup.config.budget, display, yes=yes)
     return Run(folder)
 
@@ -200,8 +200,9 @@ def resume(
             if budget:
                 merged = {**current.model_dump(exclude_none=True), **budget}
                 current = validate(Budget, merged, "--budget")
-                store.set_meta(budget=current.model_dump(exclude_none=True))
             setup = _set_up(config, folder / CONFIG, display, budget=current, measured=_swap(store))
+            if budget:
+                store.set_meta(budget=current.model_dump(exclude_none=True))
         except BaseException:
             store.close()
             raise
@@ -276,19 +277,18 @@ def _drive(folder: Path, store: Store, setup: Setup, budget: Budget, display: Di
 def _check_same_config(folder: Path, config: Config, file: str) -> None:
     """Refuse to continue a run with a config, overrides included, that is not the one it was started from.
 
-    What was left to be decided (``auto``) may have been decided.
+    Where scores are kept is nothing that a run depends on.
     """
-    given = config.model_dump()
-    recorded = load_resolved(folder).model_dump()
-    open_ = {key for key, value in given["engine"].items() if value in ("auto", None)}
-    given["engine"] |= {key: recorded["engine"][key] for key in open_}
-    if given["suite"]["chat_template"] is None:
-        given["suite"]["chat_template"] = recorded["suite"]["chat_template"]
-    given["cache"] = recorded["cache"]
-    if given != recorded:
-        changed = ", ".join(key for key in given if given[key] != recorded[key])
+    store = open_run(folder)
+    try:
+        recorded = store.meta("given", {})
+    finally:
+        store.close()
+    given = config.model_dump(mode="json")
+    changed = [key for key in given if given[key] != recorded.get(key) and key != "cache"]
+    if changed:
         raise UserError(
-            f"{folder}: was started from another config than {file} and --set say (other: {changed}); name "
-            f"another folder with --run, or resume it as it is with 'evomerge resume {folder}' (which takes "
+            f"{folder}: was started from another config than {file} and --set say (other: {', '.join(changed)}); "
+            f"name another folder with --run, or resume it as it is with 'evomerge resume {folder}' (which takes "
             "--budget)"
         )

@@ -34,7 +34,7 @@ def refuse_taken(folder: Path) -> None:
         raise UserError(f"{folder}: is not empty and not a run; name another folder with --run")
 
 
-def create_run(folder: Path, config: Config, original: str) -> Store:
+def create_run(folder: Path, config: Config, original: str, *, given: Config | None = None) -> Store:
     """Make a run directory and open its database.
 
     It is made under another name and renamed when it is whole, so that a run directory that exists can be
@@ -44,6 +44,7 @@ def create_run(folder: Path, config: Config, original: str) -> Store:
         folder: must not exist, or be empty.
         config: validated, paths absolute.
         original: the config file's text, kept verbatim.
+        given: the same with its overrides, nothing decided yet; by default `config`.
     """
     refuse_taken(folder)
     place = folder.resolve()
@@ -55,7 +56,11 @@ def create_run(folder: Path, config: Config, original: str) -> Store:
         partial.mkdir(parents=True)
         (partial / CONFIG).write_text(original, encoding="utf-8")
         (partial / RESOLVED).write_text(config.to_yaml(), encoding="utf-8")
-        Store(partial / DATABASE, create=True).close()
+        store = Store(partial / DATABASE, create=True)
+        try:
+            store.set_meta(given=(given or config).model_dump(mode="json"))
+        finally:
+            store.close()
         partial.rename(place)
     except (NotADirectoryError, FileExistsError, PermissionError) as error:
         raise UserError(

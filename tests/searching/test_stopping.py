@@ -116,6 +116,29 @@ def test_a_failing_disk_stops_the_run_with_the_way_on(
     assert evomerge.resume(tmp_path / "run").results["candidates"] == 12
 
 
+@pytest.mark.parametrize(
+    "override", ["engine.dtype=bfloat16", "output.tokenizer={a}", "engine.max_length=99"]
+)
+def test_continue_takes_what_the_start_decided_for_the_config_that_it_was(
+    override: str, family: dict[str, Path], tasks: Path, tmp_path: Path
+) -> None:
+    config = make_config(tmp_path, family, tasks, budget={"candidates": 4})
+    given = [override.format(**family)]
+    first = evomerge.search(config, run=tmp_path / "run", overrides=given)
+    again = evomerge.search(config, run=tmp_path / "run", overrides=given, continue_=True)
+    assert again.results["winner"] == first.results["winner"]
+    with pytest.raises(UserError, match=r"another config .* \(other: (engine|output)\)"):
+        evomerge.search(config, run=tmp_path / "run", continue_=True)
+
+
+def test_a_budget_that_is_refused_is_not_kept(family: dict[str, Path], tasks: Path, tmp_path: Path) -> None:
+    config = make_config(tmp_path, family, tasks, budget={"candidates": 4})
+    run = evomerge.search(config, run=tmp_path / "run")
+    with pytest.raises(UserError, match="less than one generation"):
+        evomerge.resume(run.path, budget={"candidates": 1})
+    assert evomerge.resume(run.path).results["candidates"] == 4
+
+
 def test_continue_with_other_overrides_is_refused_and_with_the_same_goes_on(
     family: dict[str, Path], tasks: Path, tmp_path: Path
 ) -> None:
