@@ -66,8 +66,8 @@ class SharedLayers:
     Attributes:
         path: the layers of the model that was returned last.
 
-    The pool keeps what the last paths used, up to what all layers of a path's sources hold, and one path's
-    folded matrices.
+    The pool keeps what the last paths used, up to what all layers of a path's sources hold, and where scales are
+    folded as much again as one path with its folded matrices (`evomerge.merging.paths.path_room`).
     """
 
     def __init__(self, device: torch.device) -> None:

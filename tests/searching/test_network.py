@@ -57,7 +57,7 @@ assert opened, "the watch does not work"
 def test_a_local_run_opens_no_connection(
     early: tuple[str, ...], family: dict[str, Path], tasks: Path, tmp_path: Path
 ) -> None:
-    config = make_config(tmp_path, family, tasks)
+    config = make_config(tmp_path, family, tasks, budget={"candidates": 4})
     ours = {*OFFLINE, *QUIET}
     bare = {name: value for name, value in os.environ.items() if name not in ours}
     done = subprocess.run(
