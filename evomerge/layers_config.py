@@ -35,6 +35,10 @@ class ScaleRange(Frozen):
                 f"range: {shown([low, high])} is not accepted: a path starts with the scale 1 everywhere; give "
                 "two different numbers above 0 with 1 between them"
             )
+        if low - 1 + self.step > 1e-9 and 1 + self.step - high > 1e-9:
+            raise ValueError(
+                f"step: {self.step:g} leaves no scale but 1 in [{low:g}, {high:g}]; give a smaller one"
+            )
         return self
 
 
@@ -44,7 +48,8 @@ class LayerSpace(Frozen):
     Attributes:
         pool: names of experts, and `base`. The first gives embeddings, final norm, head and tokenizer, and the
             first and the last layer of every path; the search starts at its layers in order.
-        repeats: how often one layer may occur in a path.
+        repeats: how often one layer may occur in a path; with indicators the last layer, which ends each path, once
+            more.
         min_layers, max_layers: a path's length; auto: half and twice the layers of the first model.
         scale: 1, or what may multiply the residual stream where a path jumps.
         genome: how a path is written down: ``edits`` of the first model's order, or ``indicators`` of EvoLLM.
@@ -97,7 +102,8 @@ class LayerSpace(Frozen):
         """Return the least and the most layers of a path, of models with `layers` layers.
 
         Raises:
-            ValueError: the first model itself, with which the search starts, is shorter or longer.
+            ValueError: the first model itself, with which the search starts, is shorter or longer; or there is no
+                other path.
         """
         low = max(2, layers // 2) if self.min_layers == "auto" else self.min_layers
         high = 2 * layers if self.max_layers == "auto" else self.max_layers
@@ -109,5 +115,10 @@ class LayerSpace(Frozen):
             raise ValueError(
                 f"max_layers: {high} is less than the {layers} layers of '{self.pool[0]}', with which the search "
                 "starts; for a shorter model set length_penalty"
+            )
+        if len(self.pool) == 1 and self.repeats == 1 and low == layers:
+            raise ValueError(
+                f"min_layers: {low} leaves no path but '{self.pool[0]}' as it is; give less, repeats: 2, or a pool of "
+                "two models"
             )
         return low, high

@@ -261,6 +261,7 @@ def test_a_path_is_shown_as_runs_of_layers() -> None:
         ({"scale": 1.5}, "space.scale: 1.5 is not accepted: give 1, or {range: [low, high]}"),
         ({"scale": {"range": [1.1, 2]}}, "space.scale.range: [1.1, 2] is not accepted"),
         ({"scale": {"range": 2}}, "space.scale.range: 2 is not accepted: give two numbers"),
+        ({"scale": {"range": [0.9, 2], "step": 3}}, "space.scale.step: 3 leaves no scale but 1 in [0.9, 2]"),
         ({"min_layers": 5, "max_layers": 4}, "space.min_layers: 5 is more than max_layers, 4"),
         ({"genome": "bits"}, "space.genome: 'bits' is not accepted: give edits or indicators"),
         ({"start": "paper"}, "space.start: paper is how indicators start"),
@@ -412,3 +413,12 @@ def test_numbers_outside_the_space_are_refused() -> None:
         space.decode((0.0, 0.0))
     with pytest.raises(ValueError, match="outside"):
         space.decode((0.0, 1.5, *space.initial[2:]))
+
+
+def test_a_space_with_one_path_only_is_refused() -> None:
+    with pytest.raises(
+        UserError, match=r"space\.min_layers: 6 leaves no path but 'a' as it is; give less, repeats: 2"
+    ):
+        make_space(pool=["a"], repeats=1, min_layers=6)
+    assert make_space(pool=["a"], repeats=1, min_layers=5).dimension
+    assert make_config(scale={"range": [0.9, 2], "step": 1}).layers is not None
