@@ -72,7 +72,7 @@ def path_config(path: Sequence[Hop], donors: Sequence[Checkpoint]) -> dict[str, 
         CheckpointError: a config says by a layer's index what kind it is, in a way that no other order can say.
     """
     config = copy.deepcopy(donors[0].config)
-    texts = _alike([_explicit_kinds(donor) for donor in donors], donors)
+    texts = _alike([_explicit_kinds(donor.text_config, donor.num_layers) for donor in donors], donors)
     text: dict[str, Any] = copy.deepcopy(texts[0])
     moved = any(hop.layer != index for index, hop in enumerate(path)) or len(path) != donors[0].num_layers
     if moved:
@@ -87,6 +87,13 @@ def path_config(path: Sequence[Hop], donors: Sequence[Checkpoint]) -> dict[str, 
         text[_FIRST_DENSE] = _leading_dense(path, donors, texts)
     depth = next((key for key in _DEPTH_KEYS if isinstance(text.get(key), int)), _DEPTH_KEYS[0])
     text[depth] = len(path)
+    nested = nested_key(config)
+    return text if nested is None else {**config, nested: text}
+
+
+def with_kinds(config: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """Return a config that says the same, with the kinds of its `count` layers written out where they can be."""
+    text = _explicit_kinds(text_config(config), count)
     nested = nested_key(config)
     return text if nested is None else {**config, nested: text}
 
@@ -174,10 +181,10 @@ def _leading_dense(
     return count
 
 
-def _explicit_kinds(donor: Checkpoint) -> dict[str, Any]:
-    """Return the language model's config with what it derives from a layer's index written out per layer."""
-    text = dict(donor.text_config)
-    kind, count = str(text.get("model_type")), donor.num_layers
+def _explicit_kinds(text: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """Return a language model's config with what it derives from a layer's index written out per layer."""
+    text = dict(text)
+    kind = str(text.get("model_type"))
     if kind in _WINDOW_FROM and text.get("use_sliding_window") and text.get("sliding_window"):
         first = text.get("max_window_layers", _WINDOW_FROM[kind])
         kinds = ["sliding_attention" if layer >= first else "full_attention" for layer in range(count)]

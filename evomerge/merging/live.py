@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from evomerge.checkpoints import Checkpoint
 from evomerge.errors import CheckpointError
 from evomerge.merging.binding import bind
 from evomerge.merging.execute import CHUNK, execute
+from evomerge.merging.layer_config import with_kinds
 from evomerge.merging.paths import path_room
 from evomerge.merging.plan import MergePlan, TensorJob, plan_merge
 from evomerge.merging.sinks import LiveSink
@@ -79,7 +81,7 @@ def live_config(config: Mapping[str, Any]) -> PretrainedConfig:
     Raises:
         CheckpointError: the model type is unknown, or the config contradicts itself.
     """
-    settings = {key: value for key, value in copy.deepcopy(dict(config)).items() if key != "auto_map"}
+    settings = {key: _plain(value) for key, value in copy.deepcopy(dict(config)).items() if key != "auto_map"}
     kind = settings.pop("model_type", None)
     if kind not in CONFIG_MAPPING:
         raise CheckpointError(
@@ -90,6 +92,17 @@ def live_config(config: Mapping[str, Any]) -> PretrainedConfig:
         return AutoConfig.for_model(kind, **settings)
     except (ValueError, KeyError, StrictDataclassError) as error:
         raise _cannot_build(kind, error) from None
+
+
+def _plain(value: Any) -> Any:
+    """Return a config's value with its numbers as such: transformers writes infinity as {"__float__": "Infinity"}."""
+    if isinstance(value, dict):
+        return (
+            float(value["__float__"])
+            if value.keys() == {"__float__"}
+            else {k: _plain(v) for k, v in value.items()}
+        )
+    return [*map(_plain, value)] if isinstance(value, list) else value
 
 
 def set_generation(model: nn.Module, generation: Path | Mapping[str, Any]) -> None:
@@ -185,8 +198,14 @@ class Materializer:
         plan = plan_merge(recipe, self._checkpoints)
         if any(key not in self._statistics for job in plan.jobs for key in job.statistics):
             self._statistics |= provide(recipe, self._checkpoints, device=str(self._device))
-        if (recipe.path is not None or self._shared is not None) and self._can_share(plan):
-            return self._from_shared(recipe, plan)
+        if recipe.path is not None or self._shared is not None:
+            shared = plan
+            if recipe.path is None:
+                # As a path through it would have them: it is of the same shape, then.
+                layers = self._checkpoints[plan.donor].num_layers
+                shared = replace(plan, config=with_kinds(plan.config, layers))
+            if self._can_share(shared):
+                return self._from_shared(recipe, shared)
         self._shared = None
         model, sink = self._live(plan)
         changed = {job.name for job in plan.jobs if self._held.get(job.name) != job}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -12,7 +13,7 @@ from evomerge.merging.binding import bind
 from evomerge.methods import all_methods
 from evomerge.output import Output
 from tests.merging.helpers import digests, make_recipe, read, rewrite
-from tests.models import VOCAB, make_family
+from tests.models import VOCAB, make_family, make_model
 
 IDS = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(1))
 SEED = 11
@@ -222,3 +223,12 @@ def test_a_global_trim_is_renewed_where_one_of_its_tensors_changes(family, tmp_p
         live = materializer.materialize(recipe(layers)).state_dict()
         written = read(merge(recipe(layers), tmp_path / str(number)))
         assert all(torch.equal(live[name], tensor) for name, tensor in written.items())
+
+
+def test_infinity_in_a_config_is_a_number_as_transformers_writes_it(tmp_path):
+    folder = make_model(
+        tmp_path / "a", kind="mamba2", tokenizer=False, num_heads=8, head_dim=8, state_size=8, n_groups=1
+    )
+    config = json.loads((folder / "config.json").read_text())
+    assert config["time_step_limit"] == [0.0, {"__float__": "Infinity"}]
+    assert list(live_model(config, torch.float32).config.time_step_limit) == [0.0, float("inf")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -239,3 +240,22 @@ def test_models_whose_layers_depend_on_their_index_are_held_one_by_one(tmp_path)
     stock = AutoModelForCausalLM.from_pretrained(model)
     with torch.no_grad():
         assert torch.equal(live(IDS).logits, stock(IDS).logits)
+
+
+def test_a_whole_model_of_an_old_config_is_of_its_paths_shape(tmp_path):
+    models = {}
+    for seed, name in enumerate("ab"):
+        models[name] = make_model(tmp_path / name, seed, kind="gemma2", tokenizer=False, sliding_window=4)
+        file = models[name] / "config.json"
+        config = {key: value for key, value in json.loads(file.read_text()).items() if key != "layer_types"}
+        file.write_text(json.dumps(config))
+    path = path_recipe(models, [("a", 0, 1), ("b", 2, 1), ("a", 1, 1), ("a", 3, 1)])
+    merge_of_one = {"method": "linear", "inputs": ["a"], "parameters": {"weight": 1.0}}
+    whole = make_recipe(models, merge=merge_of_one)
+    materializer = Materializer(open_parents(path))
+    model = materializer.materialize(path)
+    assert materializer.materialize(whole) is model
+    assert materializer.path is not None
+    stock = AutoModelForCausalLM.from_pretrained(merge(whole, tmp_path / "out")).eval()
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, stock(IDS).logits)
