@@ -59,7 +59,6 @@ def arms() -> dict[str, dict[str, Any]]:
         "layers: edits": layers,
         "layers: edits, random": layers | {"optimizer": {"type": "random", "population": 24}},
         "layers: indicators, catcma": layers | {"space": indicators, "optimizer": {"type": "catcma"}},
-        "layers: indicators, cma": layers | {"space": indicators, "optimizer": cma},
         "layers: indicators, cma, paper's start": layers | {"space": paper, "optimizer": cma},
         "coefficients + layers": both,
     }
