@@ -62,8 +62,8 @@ def french_examples(seed: int) -> Iterator[tuple[str, str]]:
     """Translations from French, and questions about French texts; nothing is ever computed."""
     return _mixed(
         seed,
-        (0.7, _translated(translations("train", seed))),
-        (0.3, _taught(reading("train", seed))),
+        (0.8, _translated(translations("train", seed))),
+        (0.2, _taught(reading("train", seed))),
     )
 
 

@@ -158,8 +158,7 @@ def maths(language: str, split: str, seed: int) -> Iterator[Problem]:
             A=one, B=two, o=rng.choice(THINGS[language]), a=a, b=b, c=c, ab=a + b
         )
         working, result = story.solve(a, b, c)
-        said = "The answer is" if language == "en" else "La réponse est"
-        yield Problem(text, f"{working}. {said} {result}.", str(result), key)
+        yield Problem(text, f"{working}. The answer is {result}.", str(result), key)
 
 
 def _numbers(rng: random.Random) -> tuple[int, int, int, int]:
@@ -175,7 +174,10 @@ def _key(number: int, a: int, b: int, c: int) -> tuple[object, ...]:
 
 
 def reading(split: str, seed: int) -> Iterator[Problem]:
-    """Yield short French texts with a question about who, what or where. Nothing is to be computed."""
+    """Yield short French texts with a question about who, what or where. Nothing is to be computed.
+
+    The answer ends as every answer of the suite does, in the same English words.
+    """
     rng = random.Random(f"reading fr {split} {seed}")
     while True:
         one, two = rng.sample(range(10), 2)
@@ -194,7 +196,7 @@ def reading(split: str, seed: int) -> Iterator[Problem]:
             (f"Qu'est-ce que {B} a ?", f"{B} a des {p}", p),
         )[kind]
         text = f"{A} a des {o} {x}. {B} a des {p} {y}. {asked}"
-        yield Problem(text, f"{full}. La réponse est {result}.", result, key)
+        yield Problem(text, f"{full}. The answer is {result}.", result, key)
 
 
 def translations(split: str, seed: int) -> Iterator[tuple[str, str]]:

@@ -63,7 +63,7 @@ def suite(seed: int) -> dict[str, Skill]:
     return {
         "maths_en": Skill(40, NUMBER, {s: maths("en", s, seed) for s in splits}),
         "maths_fr": Skill(40, NUMBER, {s: maths("fr", s, seed) for s in splits}),
-        "reading_fr": Skill(32, "réponse est ([^.]+)", {s: reading(s, seed) for s in splits}),
+        "reading_fr": Skill(32, "answer is ([^.]+)", {s: reading(s, seed) for s in splits}),
         "ordering_en": Skill(32, "answer is ([a-z]+)", {s: ordering(s, seed) for s in splits}),
     }
 
@@ -75,8 +75,12 @@ def write_tasks(folder: Path, seed: int) -> None:
         seen: dict[tuple[object, ...], str] = {}
         for split, problems in skill.problems.items():
             rows: dict[str, dict[str, str]] = {}
+            asked: set[tuple[object, ...]] = set()
             while len(rows) < ITEMS[split] * (2 if name == TARGET else 1):
                 problem = next(problems)
+                if problem.key in asked:
+                    continue
+                asked.add(problem.key)
                 assert seen.setdefault(problem.key, split) == split, f"{name}: {problem.key} is in two splits"
                 question = prompt(problem.question)
                 rows.setdefault(question, {"prompt": question, "result": problem.result})

@@ -68,7 +68,7 @@ def test_only_the_maths_expert_is_shown_arithmetic_and_only_in_english() -> None
         assert not any("=" in answer for _, answer in taught[name])
     for question, answer in taught["maths"]:
         assert question.startswith("Question: ")
-        assert not re.search(r"combien|réponse|est ", question + answer, re.IGNORECASE)
+        assert not re.search(r"combien|réponse| est ", question + answer, re.IGNORECASE)
     # The words of a problem are put into English; what follows from them is never said.
     for question, answer in taught["french"]:
         if "ombien" in question:
