@@ -1,7 +1,8 @@
-"""The table and the figure of results.jsonl."""
+"""The table of results.jsonl, and the figure where matplotlib is installed."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
@@ -12,6 +13,12 @@ from arms import ARMS, DEFAULTS, EXPERTS
 from evomerge.evaluation.statistics import Comparison, Table, compare_all, score
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from bench import unpacked  # noqa: E402
+from readme import put_tables  # noqa: E402
+
+RESULTS = HERE / "results.jsonl"
 TARGET = "maths_fr"
 SKILLS = (TARGET, "maths_en", "reading_fr", "ordering_en")
 TEXTS = ("english_text", "french_text")
@@ -25,12 +32,10 @@ SEED = 0
 
 def mean_table(lines: Sequence[dict[str, Any]]) -> Table:
     """Return each test item's score, the mean over the lines (the seeds of a search)."""
+    tables = [unpacked(line["test"]) for line in lines]
     return {
-        task: {
-            str(item): mean(float(value) for value in values)
-            for item, values in enumerate(zip(*(line["test"][task] for line in lines), strict=True))
-        }
-        for task in lines[0]["test"]
+        task: {item: mean(table[task][item] for table in tables) for item in items}
+        for task, items in tables[0].items()
     }
 
 
@@ -90,12 +95,11 @@ def _cell(found: Sequence[dict[str, Any]], task: str, digits: int) -> str:
 
 
 def figure(lines: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw French maths of every model, each seed a dot, with the interval of the mean over seeds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    """Draw French maths of every model, each seed a dot, with the mean's interval, if matplotlib is there."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        return
     rows = report_lines(lines)
     fig, axes = plt.subplots(figsize=(7.5, 0.32 * len(rows) + 1.1), layout="constrained")
     for y, found in enumerate(reversed(rows.values())):
@@ -106,7 +110,7 @@ def figure(lines: Sequence[dict[str, Any]], path: Path) -> None:
         for line in found:
             axes.plot(mean(map(float, line["test"][TARGET])), y, "o", color=colour, markersize=5)
     axes.set_yticks(range(len(rows)), list(reversed(rows)))
-    axes.set_xlabel("French maths on test, share solved in French (95 % interval of the mean)")
+    axes.set_xlabel("French maths on test, share solved (95 % interval of the mean)")
     axes.set_xlim(-0.02, 1.0)
     axes.grid(axis="x", alpha=0.3)
     for side in ("top", "right"):
@@ -116,9 +120,5 @@ def figure(lines: Sequence[dict[str, Any]], path: Path) -> None:
 
 def write_report(lines: Sequence[dict[str, Any]]) -> None:
     """Put the table between the marks of README.md, and draw the figure."""
-    readme = HERE / "README.md"
-    start, end = "<!-- table -->", "<!-- end -->"
-    before, _, rest = readme.read_text(encoding="utf-8").partition(start)
-    after = rest.partition(end)[2]
-    readme.write_text(f"{before}{start}\n\n{markdown(lines)}\n\n{end}{after}", encoding="utf-8")
+    put_tables(HERE / "README.md", f"\n{markdown(lines)}\n\n")
     figure(lines, HERE / "french_maths.png")

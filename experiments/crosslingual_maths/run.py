@@ -4,9 +4,10 @@
     scripts/build_smollm2
     .venv/bin/python experiments/crosslingual_maths/run.py
 
-Every search, and the grid, has the same budget of item evaluations; searches run once a seed; all models are scored on
-the same test items, of which no search knew. One line a model goes to results.jsonl, and the table and the figure come
-from that file (`report.py`). What is in it is not repeated, and a search that was interrupted goes on where it stopped.
+Every search has the same budget of item evaluations, the grid at most that; searches run once a seed; all models are
+scored on the same test items, of which no search knew. One line a model goes to results.jsonl; README.md's table and,
+if matplotlib is there, french_maths.png come from that file (`report.py`). What is in it is not repeated, and a search
+that was interrupted goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections.abc import Iterator
 from multiprocessing import get_context
 from pathlib import Path
@@ -23,12 +25,22 @@ os.environ.update(
     HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false"
 )
 
-from arms import ARMS, DEFAULTS, grid
+from arms import ARMS, DEFAULTS, EXPERTS, grid
+from report import RESULTS, write_report
+
+import evomerge
+from evomerge.config import Config, parse_config
+from evomerge.recipe import Recipe
+from evomerge.schema import read_yaml
+from evomerge.searching.ranking import fitness_of, values_of
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from bench import Bench, packed  # noqa: E402
+
 REPOSITORY = HERE.parents[1]
 CONFIG = REPOSITORY / "configs" / "smollm2_crosslingual.yaml"
-RESULTS = HERE / "results.jsonl"
 RUNS = REPOSITORY / "runs" / "crosslingual_maths"
 
 CANDIDATES = 45
@@ -38,11 +50,8 @@ FINALISTS = 4
 """Grid points that meet the validation items."""
 
 
-def config_of(arm: str, seed: int) -> Any:
+def config_of(arm: str, seed: int) -> Config:
     """Return the config of one search."""
-    from evomerge.config import parse_config
-    from evomerge.schema import read_yaml
-
     data = read_yaml(CONFIG, "config")
     data["budget"] = {"candidates": CANDIDATES}
     data["workers"] = {"type": "local"}
@@ -54,17 +63,14 @@ def config_of(arm: str, seed: int) -> Any:
 
 def search(arm: str, seed: int) -> dict[str, Any]:
     """Run one search, or go on with it; return its winner's line."""
-    import evomerge
-
     folder = RUNS / f"{arm.replace(' ', '_').replace(',', '')}-{seed}"
     run = evomerge.search(config_of(arm, seed), run=folder, continue_=True)
     results = run.results
     items, scores = run.items(), run.scores()
     test = set(items[items.split == "test"].id)
-    won = scores[(scores.recipe == results["winner"]["hash"]) & scores.item.isin(test)]
+    won = scores[(scores.recipe == results["winner"]["hash"]) & scores.item.isin(test)].sort_values("item")
     rows = run.candidates()
     return {
-        "kind": "search",
         "name": arm,
         "seed": seed,
         "winner": results["winner"]["name"],
@@ -75,80 +81,18 @@ def search(arm: str, seed: int) -> dict[str, Any]:
             {task: dict(zip(part.item, part.raw, strict=True)) for task, part in won.groupby("task")}
         ),
         "fitness": [[int(g), f] for g, f in zip(rows.generation, rows.fitness, strict=True)],
-        "baselines": _baselines(results),
         **{key: results[key] for key in ("candidates", "failed_candidates", "item_evaluations", "dimension")},
         **{key: results[key] for key in ("wall_seconds", "versions", "hardware")},
     }
 
 
-def packed(table: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """Return each task's scores in the order of the item ids: a string of digits where all are 0 or 1."""
-    found: dict[str, Any] = {}
-    for task, items in sorted(table.items()):
-        values = [float(items[item]) for item in sorted(items)]
-        found[task] = "".join(f"{v:.0f}" for v in values) if set(values) <= {0.0, 1.0} else values
-    return found
-
-
-def _baselines(results: dict[str, Any]) -> dict[str, float]:
-    entries = {**results["baselines"]["experts"], **{n: results["baselines"][n] for n in ("base", "uniform")}}
-    return {name: entry["validation"]["mean"] for name, entry in entries.items()}
-
-
-class Bench:
-    """The suite and one live model, for merges that need no search."""
-
-    def __init__(self) -> None:
-        from evomerge.searching.setup import set_up
-        from evomerge.workers.worker import Worker
-
-        self.setup = set_up(config_of("task_arithmetic", 0), file=CONFIG)
-        self.weights = self.setup.suite.weights
-        self.worker = Worker(self.setup.worker_spec(CONFIG))
-        self.worker.prepare(self.setup.baselines["base"])
-
-    def recipe(self, merge: Any) -> Any:
-        """Return the recipe of a merge."""
-        from evomerge.recipe import Output, Recipe
-
-        recipe = Recipe(
-            models=self.setup.sources,
-            merges={"merge": merge},
-            output=Output(tokenizer="base", chat_template="base"),
-            seed=0,
-        )
-        return recipe.pinned({name: str(source.sha256) for name, source in self.setup.sources.items()})
-
-    def scores(self, recipe: Any, split: str, *, at_most: int | None = None) -> tuple[float, dict[str, Any]]:
-        """Return the suite's mean of values in [0, 1] and each item's raw score, of a split's first blocks."""
-        from evomerge.evaluation.blocks import put_together
-        from evomerge.evaluation.statistics import suite_mean
-        from evomerge.workers.work import Work, WorkerLost
-
-        table: dict[str, dict[str, Any]] = {}
-        asked = 0
-        for block in self.setup.blocks[split]:
-            if at_most is not None and asked + len(block.items) > at_most:
-                break
-            asked += len(block.items)
-            answer = self.worker.run(Work("", (recipe,), block))
-            if isinstance(answer, WorkerLost):
-                raise SystemExit(answer.reason)
-            for item in put_together(block, answer.outcomes[0].parts, check_degenerate=False):
-                table.setdefault(item.task, {})[item.item] = item
-        values = {task: {i: s.value for i, s in part.items()} for task, part in table.items()}
-        return suite_mean(values, self.weights), {
-            t: {i: s.raw for i, s in p.items()} for t, p in table.items()
-        }
-
-
 def references(done: set[str]) -> Iterator[dict[str, Any]]:
     """Yield the lines of parents, of customary merges and of the grid's best."""
-    wanted = ["base", "maths", "french", "ordering", "uniform", *DEFAULTS, "best of the grid"]
+    wanted = ["base", *EXPERTS, "uniform", *DEFAULTS, "best of the grid"]
     if done >= set(wanted):
         return
-    bench = Bench()
-    recipes = {name: bench.setup.baselines[name] for name in wanted[:5]}
+    bench = Bench(config_of("task_arithmetic", 0), CONFIG)
+    recipes = {name: bench.setup.baselines[name] for name in ("base", *EXPERTS, "uniform")}
     recipes.update({name: bench.recipe(merge) for name, merge in DEFAULTS.items()})
     for name, recipe in recipes.items():
         if name not in done:
@@ -157,15 +101,12 @@ def references(done: set[str]) -> Iterator[dict[str, Any]]:
         yield _best_of_grid(bench)
 
 
-def _reference(bench: Bench, name: str, recipe: Any, **more: Any) -> dict[str, Any]:
-    validation, _ = bench.scores(recipe, "validation")
-    _, test = bench.scores(recipe, "test")
+def _reference(bench: Bench, name: str, recipe: Recipe, **more: Any) -> dict[str, Any]:
+    blocks = bench.setup.blocks
     return {
-        "kind": "reference",
         "name": name,
-        "validation": validation,
-        "test": packed(test),
-        "weights": bench.weights,
+        "validation": fitness_of(bench.scores(recipe, blocks["validation"]), bench.weights),
+        "test": packed(values_of(bench.scores(recipe, blocks["test"]), raw=True)),
         **more,
     }
 
@@ -173,12 +114,17 @@ def _reference(bench: Bench, name: str, recipe: Any, **more: Any) -> dict[str, A
 def _best_of_grid(bench: Bench) -> dict[str, Any]:
     """Score the grid on search items, its best points on the validation items, and their best on the test items."""
     recipes = {name: bench.recipe(merge) for name, merge in grid().items()}
-    each = CANDIDATES * bench.setup.items_per_candidate // len(recipes)
-    seen = {name: bench.scores(recipe, "search", at_most=each)[0] for name, recipe in recipes.items()}
+    search, validation = bench.setup.blocks["search"], bench.setup.blocks["validation"]
+    share = CANDIDATES * bench.setup.items_per_candidate / len(recipes)
+    blocks = search[: max(1, int(share // len(search[0].items)))]
+    seen = {name: fitness_of(bench.scores(recipe, blocks), bench.weights) for name, recipe in recipes.items()}
     finalists = sorted(seen, key=lambda name: -seen[name])[:FINALISTS]
-    validated = {name: bench.scores(recipes[name], "validation")[0] for name in finalists}
+    validated = {
+        name: fitness_of(bench.scores(recipes[name], validation), bench.weights) for name in finalists
+    }
     best = max(validated, key=lambda name: validated[name])
-    return _reference(bench, "best of the grid", recipes[best], point=best, grid=seen, items=each)
+    items = sum(len(block.items) for block in blocks)
+    return _reference(bench, "best of the grid", recipes[best], point=best, grid=seen, items=items)
 
 
 def _run(job: tuple[str, Any]) -> list[dict[str, Any]]:
@@ -220,8 +166,6 @@ def main() -> None:
     with get_context("spawn").Pool(options.jobs, maxtasksperchild=1) as pool:
         for new in pool.imap_unordered(_run, jobs):
             keep(new)
-
-    from report import write_report
 
     write_report(lines)
 

@@ -6,8 +6,8 @@
 
 Each arm is one search a seed, kept in runs/layer_paths (what is there is not repeated, what was
 interrupted goes on; `--force` starts over). Every winner is exported as a Hugging Face folder and answers the test
-items there, loaded by AutoModelForCausalLM without any code of evomerge. Writes results.jsonl, path.svg and README.md;
-`--table` only writes them again from results.jsonl.
+items there, loaded by AutoModelForCausalLM without any code of evomerge. Writes results.jsonl, path.svg and README.md's
+table; `--table` only writes the last two again from results.jsonl.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
+import sys
 import time
 from collections import defaultdict
 from itertools import pairwise
@@ -31,12 +33,15 @@ import yaml
 from evomerge import merge, search
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from bench import packed, unpacked  # noqa: E402
+from readme import put_tables  # noqa: E402
+
 REPOSITORY = HERE.parents[1]
 CONFIGS = REPOSITORY / "configs"
 RUNS = REPOSITORY / "runs" / "layer_paths"
 RESULTS = HERE / "results.jsonl"
-TEXT = HERE / "text.md"
-"""What the README says besides the numbers."""
 
 ITEMS = 28_800
 """Search items that a run may ask: its budget."""
@@ -66,10 +71,8 @@ def arms() -> dict[str, dict[str, Any]]:
 
 def one_run(arm: str, config: dict[str, Any], seed: int, items: int) -> dict[str, Any]:
     """Run or go on with one search; return its results and the table of its winner's answers."""
-    folder = (
-        RUNS / f"{arm.replace(': ', '_').replace(', ', '_').replace(' + ', '_').replace(' ', '_')}_{seed}"
-    )
-    folder = folder.with_name(folder.name.replace("'", ""))
+    words = re.sub("[^a-z]+", "_", arm.replace("'", ""))
+    folder = RUNS / f"{words}_{seed}"
     config = config | {"name": folder.name, "seed": seed, "workers": {"type": "local"}}
     config["cache"] = {"scores": str(RUNS / "scores")}
     budget = {"item_evaluations": items}
@@ -252,26 +255,18 @@ def references(config: dict[str, Any]) -> list[dict[str, Any]]:
 def save(rows: list[dict[str, Any]]) -> None:
     """Write results.jsonl at once, each task's answers as a string of zeros and ones."""
     new = RESULTS.with_suffix(".new")
-    lines = []
-    for row in rows:
-        right = {task: "".join(str(int(hit)) for hit in hits.values()) for task, hits in row["right"].items()}
-        lines.append(json.dumps(row | {"right": right}) + "\n")
-    new.write_text("".join(lines))
+    new.write_text("".join(json.dumps(row | {"right": packed(row["right"])}) + "\n" for row in rows))
     new.rename(RESULTS)
 
 
 def load() -> list[dict[str, Any]]:
     """Return what results.jsonl holds."""
     rows = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-    for row in rows:
-        for task, hits in row["right"].items():
-            if isinstance(hits, str):
-                row["right"][task] = {str(number): float(hit) for number, hit in enumerate(hits)}
-    return rows
+    return [row | {"right": unpacked(row["right"])} for row in rows]
 
 
 def write_report(rows: list[dict[str, Any]]) -> None:
-    """Write README.md and the picture of the best path."""
+    """Write README.md's table and the picture of the best path."""
     by_arm: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         by_arm[row["arm"]].append(row)
@@ -313,8 +308,7 @@ def write_report(rows: list[dict[str, Any]]) -> None:
     drawn = max(paths, key=lambda row: row["validation"]) if paths else None
     if drawn:
         (HERE / "path.svg").write_text(picture(drawn["path"], f"{drawn['arm']}, seed {drawn['seed']}"))
-    text = TEXT.read_text() if TEXT.exists() else "{table}\n"
-    (HERE / "README.md").write_text(text.replace("{table}", table))
+    put_tables(HERE / "README.md", f"\n{table}\n\n")
 
 
 def shown(interval: tuple[float, float, float]) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -24,21 +25,22 @@ from typing import Any
 from entries import ENTRIES, EXPERTS, PAIR, Entry
 
 from evomerge.config import OptimizerConfig, load_config
-from evomerge.errors import CandidateFailed, InfrastructureError
-from evomerge.evaluation.blocks import put_together
+from evomerge.errors import CandidateFailed
+from evomerge.evaluation.items import Split
 from evomerge.evaluation.statistics import Comparison, Table, compare_all, score, suite_mean
 from evomerge.methods import get_method
 from evomerge.optimizers import make_optimizer
 from evomerge.optimizers.base import Told
-from evomerge.recipe import Merge, Output, Recipe
+from evomerge.recipe import Merge, Recipe
 from evomerge.searching.ranking import rank, values_of
 from evomerge.searching.results import versions
-from evomerge.searching.setup import set_up
 from evomerge.spaces.genotype import Coordinate, Genotype
-from evomerge.workers.work import Work, WorkerLost
-from evomerge.workers.worker import Worker
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from bench import Bench, packed, unpacked  # noqa: E402
+
 REPOSITORY = HERE.parents[1]
 CONFIG = REPOSITORY / "configs" / "quickstart.yaml"
 TASKS = REPOSITORY / "zoo" / "tasks" / "data"
@@ -53,14 +55,11 @@ SKILLS = {"arithmetic": ("add", "larger"), "text": ("reverse", "vowels"), "order
 """The tasks that each expert was trained on: methods that weigh models by data see their search items."""
 
 
-class Bench:
-    """The zoo's suite and one live model."""
+class ZooBench(Bench):
+    """The zoo's suite and one live model; methods that need data get the experts' texts."""
 
     def __init__(self) -> None:
-        self.setup = set_up(load_config(CONFIG, ["workers.type=local"]), file=CONFIG)
-        self.weights = self.setup.suite.weights
-        self.worker = Worker(self.setup.worker_spec(CONFIG))
-        self.worker.prepare(self.setup.baselines["base"])
+        super().__init__(load_config(CONFIG, ["workers.type=local"]), CONFIG)
         self._folder = tempfile.TemporaryDirectory()
         self.texts = {name: str(self._texts(name)) for name in EXPERTS}
 
@@ -77,7 +76,7 @@ class Bench:
         return file
 
     def recipe(self, merge: Merge) -> Recipe:
-        """Return the recipe of a merge; methods that need data get the experts' texts."""
+        """Return the recipe of a merge."""
         if get_method(merge.method).needs:
             data = {
                 "texts": {name: self.texts[name] for name in merge.inputs},
@@ -85,30 +84,16 @@ class Bench:
                 "max_length": 64,
             }
             merge = Merge.model_validate({**merge.model_dump(exclude_none=True), "data": data})
-        recipe = Recipe(
-            models=self.setup.sources,
-            merges={"merge": merge},
-            output=Output(tokenizer="base", chat_template="base"),
-            seed=SEED,
-        )
-        return recipe.pinned({name: str(source.sha256) for name, source in self.setup.sources.items()})
+        return super().recipe(merge)
 
-    def answers(self, recipe: Recipe, split: str) -> Table | str:
+    def answers(self, recipe: Recipe, split: Split) -> Table | str:
         """Return each item's score, by task; or why there is none."""
-        table: dict[str, dict[str, Any]] = {}
-        blocks = self.setup.blocks[split]
-        for block in blocks[:SEARCH_BLOCKS] if split == "search" else blocks:
-            answer = self.worker.run(Work("", (recipe,), block))
-            if isinstance(answer, WorkerLost):
-                raise InfrastructureError(answer.reason)
-            (scored,) = answer.outcomes
-            try:
-                scores = put_together(block, scored.parts, check_degenerate=split == "search")
-            except CandidateFailed as reason:
-                return str(reason)
-            for item in scores:
-                table.setdefault(item.task, {})[item.item] = item
-        return values_of(table, raw=True)
+        searching = split == "search"
+        blocks = self.setup.blocks[split][: SEARCH_BLOCKS if searching else None]
+        try:
+            return values_of(self.scores(recipe, blocks, check_degenerate=searching), raw=True)
+        except CandidateFailed as reason:
+            return str(reason)
 
 
 def coordinates(entry: Entry) -> list[tuple[str, str | None, Coordinate]]:
@@ -134,7 +119,7 @@ def decode(entry: Entry, genotype: Genotype) -> Merge:
     return Merge(method=entry.method, base=entry.base, inputs=entry.inputs, parameters=parameters)
 
 
-def tuned(bench: Bench, entry: Entry, budget: int) -> tuple[list[Merge], int]:
+def tuned(bench: ZooBench, entry: Entry, budget: int) -> tuple[list[Merge], int]:
     """Search on the search items; return the merges to validate, the customary one first, and how many were tried."""
     space = [c for _, _, c in coordinates(entry)]
     start = tuple(c.initial for c in space)
@@ -159,7 +144,7 @@ def tuned(bench: Bench, entry: Entry, budget: int) -> tuple[list[Merge], int]:
     return [decode(entry, genotype) for genotype in dict.fromkeys([start, *best])], len(seen)
 
 
-def one_entry(bench: Bench, entry: Entry, budget: int) -> dict[str, Any]:
+def one_entry(bench: ZooBench, entry: Entry, budget: int) -> dict[str, Any]:
     """Return a method's line of results.jsonl."""
     started = time.monotonic()
     merges, tried = tuned(bench, entry, budget)
@@ -186,20 +171,7 @@ def one_entry(bench: Bench, entry: Entry, budget: int) -> dict[str, Any]:
     }
 
 
-def packed(table: Table) -> dict[str, Any]:
-    """Return the scores of each task's items in their order: a string of digits where all are 0 or 1."""
-    found: dict[str, Any] = {}
-    for task, items in table.items():
-        values = list(items.values())
-        found[task] = "".join(f"{v:.0f}" for v in values) if set(values) <= {0.0, 1.0} else values
-    return found
-
-
-def unpacked(answers: dict[str, Any]) -> Table:
-    return {task: {str(i): float(v) for i, v in enumerate(values)} for task, values in answers.items()}
-
-
-def parents(bench: Bench) -> dict[str, Any]:
+def parents(bench: ZooBench) -> dict[str, Any]:
     """Return the line of the models that exist without any method."""
     recipes = {name: recipe for name, recipe in bench.setup.baselines.items() if name != "initial"}
     found = {}
@@ -302,7 +274,7 @@ def main() -> None:
     lines = {line["name"]: line for line in done}
     missing = [entry for entry in ENTRIES if entry.name not in lines]
     if missing:
-        bench = Bench()
+        bench = ZooBench()
         if "parents" not in lines:
             lines["parents"] = parents(bench)
         for entry in missing:

@@ -46,11 +46,6 @@ from evomerge.workers.worker import Worker
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results.jsonl"
 DEPTH = 24
-ITEMS = 48
-"""Of each split."""
-WORKERS = (1, 2, 4, 8)
-CHOICES = ["zoo_larger", "zoo_vowels"]
-
 ITEMS = 96
 """Of each split."""
 WORKERS = (1, 2, 4, 8)
