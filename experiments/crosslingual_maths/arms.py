@@ -77,12 +77,14 @@ def _full_evaluation(config: dict[str, Any]) -> None:
     config["budget"]["candidates"] = config["optimizer"]["population"] = candidates
 
 
+EDITS = {"type": "edits", "population": 9}
+"""Generations as large as those of the coefficients: the budget is too small for those that edits has by default."""
 LAYERS = {"pool": list(EXPERTS), "repeats": 2, "scale": {"range": [0.8, 1.25]}}
 
 
 def _layers(config: dict[str, Any]) -> None:
     config["space"] = {"type": "layers", **LAYERS}
-    config["optimizer"] = {"type": "edits"}
+    config["optimizer"] = EDITS
 
 
 def _both(config: dict[str, Any]) -> None:
@@ -92,7 +94,7 @@ def _both(config: dict[str, Any]) -> None:
         "coefficients": coefficients,
         "layers": {**LAYERS, "pool": ["merged", *EXPERTS]},
     }
-    config["optimizer"] = {**config["optimizer"], "layers": {"type": "edits"}}
+    config["optimizer"] = {**config["optimizer"], "layers": EDITS}
 
 
 DENSITY = {"range": [0.2, 1.0], "initial": 0.6, "per": "expert"}
