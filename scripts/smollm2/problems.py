@@ -154,9 +154,7 @@ def maths(language: str, split: str, seed: int) -> Iterator[Problem]:
             continue
         story = STORIES[number]
         one, two = rng.sample(NAMES[language], 2)
-        text = getattr(story, language).format(
-            A=one, B=two, o=rng.choice(THINGS[language]), a=a, b=b, c=c, ab=a + b
-        )
+        text = _words(language, (one, two), rng.choice(THINGS[language]), number, a, b, c)
         working, result = story.solve(a, b, c)
         yield Problem(text, f"{working}. The answer is {result}.", str(result), key)
 
@@ -166,6 +164,12 @@ def _numbers(rng: random.Random) -> tuple[int, int, int, int]:
     number = rng.randrange(len(STORIES))
     a, b, c = (rng.randint(2, STORIES[number].largest) for _ in range(3))
     return number, a, b, min(c, a)
+
+
+def _words(language: str, names: tuple[str, str], things: str, number: int, a: int, b: int, c: int) -> str:
+    """Return a story about two people and some things."""
+    text: str = getattr(STORIES[number], language)
+    return text.format(A=names[0], B=names[1], o=things, a=a, b=b, c=c, ab=a + b)
 
 
 def _key(number: int, a: int, b: int, c: int) -> tuple[object, ...]:
@@ -237,10 +241,7 @@ def _statement(rng: random.Random) -> _Pair:
     one, two = rng.sample(NAMES["fr"], 2)
     thing = rng.randrange(10)
     en, fr = (
-        getattr(STORIES[number], language).format(
-            A=one, B=two, o=THINGS[language][thing], a=a, b=b, c=c, ab=a + b
-        )
-        for language in ("en", "fr")
+        _words(language, (one, two), THINGS[language][thing], number, a, b, c) for language in ("en", "fr")
     )
     return _Pair(en, fr, _key(number, a, b, c))
 

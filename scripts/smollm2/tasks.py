@@ -74,17 +74,14 @@ def write_tasks(folder: Path, seed: int) -> None:
     for name, skill in suite(seed).items():
         seen: dict[tuple[object, ...], str] = {}
         for split, problems in skill.problems.items():
-            rows: dict[str, dict[str, str]] = {}
-            asked: set[tuple[object, ...]] = set()
+            rows: list[dict[str, str]] = []
             while len(rows) < ITEMS[split] * (2 if name == TARGET else 1):
                 problem = next(problems)
-                if problem.key in asked:
-                    continue
-                asked.add(problem.key)
+                known = problem.key in seen
                 assert seen.setdefault(problem.key, split) == split, f"{name}: {problem.key} is in two splits"
-                question = prompt(problem.question)
-                rows.setdefault(question, {"prompt": question, "result": problem.result})
-            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows.values())
+                if not known:
+                    rows.append({"prompt": prompt(problem.question), "result": problem.result})
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             (folder / "data" / f"{name}_{split}.jsonl").write_text(text)
         (folder / f"{name}.yaml").write_text(
             TASK.format(name=name, tokens=skill.tokens, pattern=skill.pattern)
