@@ -11,8 +11,8 @@ from evomerge.recipe import Merge
 
 EXPERTS = ("maths", "french", "ordering")
 
-GRID = (0.3, 0.6, 0.9)
-"""Every expert's weights in the grid: 27 merges."""
+GRID = ((0.0, 0.4, 0.8, 1.2, 1.6), (0.0, 0.4, 0.8), (0.0, 0.4, 0.8))
+"""Each expert's weights in the grid: 45 merges, as many as a search proposes."""
 
 
 def task_arithmetic(*weights: float) -> Merge:
@@ -41,7 +41,7 @@ def grid() -> dict[str, Merge]:
     """Return the grid's merges by name."""
     return {
         "grid " + " ".join(f"{w:g}" for w in weights): task_arithmetic(*weights)
-        for weights in itertools.product(GRID, repeat=len(EXPERTS))
+        for weights in itertools.product(*GRID)
     }
 
 
@@ -70,11 +70,15 @@ def _method(method: str, parameters: dict[str, Any]) -> Callable[[dict[str, Any]
     return change
 
 
+FULL = 6
+"""How many times as many items a candidate answers if it answers all search items."""
+
+
 def _full_evaluation(config: dict[str, Any]) -> None:
-    """Every candidate answers all search items, eight times as many: an eighth of the candidates."""
+    """Every candidate answers all search items; there are so many fewer candidates."""
     config["suite"]["items_per_candidate"] = 100_000
-    candidates = round(config["budget"]["candidates"] / 8)
-    config["budget"]["candidates"] = config["optimizer"]["population"] = candidates
+    config["budget"]["candidates"] = round(config["budget"]["candidates"] / FULL)
+    config["optimizer"]["population"] = 4
 
 
 EDITS = {"type": "edits", "population": 9}

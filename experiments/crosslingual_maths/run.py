@@ -4,7 +4,7 @@
     scripts/build_smollm2
     .venv/bin/python experiments/crosslingual_maths/run.py
 
-Every search has the same budget of item evaluations, the grid at most that; searches run once a seed; all models are
+Every search and the grid have the same budget of item evaluations; searches run once a seed; all models are
 scored on the same test items, of which no search knew. One line a model goes to results.jsonl; README.md's table and,
 if matplotlib is there, french_maths.png come from that file (`report.py`). What is in it is not repeated, and a search
 that was interrupted goes on where it stopped.
@@ -156,13 +156,13 @@ def main() -> None:
             )
 
     found = {(line["name"], line.get("seed")) for line in lines}
-    jobs: list[tuple[str, Any]] = [
+    jobs: list[tuple[str, Any]] = [("references", [name for name, seed in found if seed is None])]
+    jobs += [
         ("search", (arm.name, seed))
         for seed in range(options.seeds)
         for arm in ARMS
         if (arm.name, seed) not in found and (options.only is None or arm.name in options.only)
     ]
-    jobs.append(("references", [name for name, seed in found if seed is None]))
     with get_context("spawn").Pool(options.jobs, maxtasksperchild=1) as pool:
         for new in pool.imap_unordered(_run, jobs):
             keep(new)

@@ -170,6 +170,7 @@ class _Progress:
         for name, p in trained.items():
             kept.update({f"{key} {name}": value for key, value in optimizer.state[p].items()})
         partial = self.file.with_suffix(".partial")
+        partial.parent.mkdir(parents=True, exist_ok=True)
         save_file(kept, partial, {"steps": str(steps), "stamp": self.stamp})
         partial.replace(self.file)
 

@@ -11,8 +11,10 @@ from problems import Problem, maths, ordering, prompt, reading
 from texts import ENGLISH, FRENCH
 
 TARGET = "maths_fr"
-ITEMS = {"search": 96, "validation": 32, "test": 96}
-"""Of each task; twice as many of the one that the search is about."""
+ITEMS = {"search": 48, "validation": 32, "test": 96}
+"""Of each task but the target."""
+TARGET_ITEMS = {"search": 192, "validation": 64, "test": 384}
+"""Of the one that the search is about: most of what a candidate answers, and enough to tell winners apart."""
 TASK = """\
 task: {name}
 dataset_path: json
@@ -73,9 +75,10 @@ def write_tasks(folder: Path, seed: int) -> None:
     (folder / "data").mkdir(parents=True, exist_ok=True)
     for name, skill in suite(seed).items():
         seen: dict[tuple[object, ...], str] = {}
+        wanted = TARGET_ITEMS if name == TARGET else ITEMS
         for split, problems in skill.problems.items():
             rows: list[dict[str, str]] = []
-            while len(rows) < ITEMS[split] * (2 if name == TARGET else 1):
+            while len(rows) < wanted[split]:
                 problem = next(problems)
                 known = problem.key in seen
                 assert seen.setdefault(problem.key, split) == split, f"{name}: {problem.key} is in two splits"

@@ -89,7 +89,6 @@ def test_an_interrupted_training_goes_on_as_if_nothing_had_happened(
         return dict(batches(tokenizer, examples))
 
     other = tmp_path / "again" / "maths"
-    other.parent.mkdir()
     monkeypatch.setattr(experts, "_batch", killed)
     with pytest.raises(KeyboardInterrupt):
         experts.train("maths", family["base"], other, settings)
