@@ -18,8 +18,9 @@ from evomerge.engines.hops import SharedHops
 from evomerge.engines.live import LiveModel
 from evomerge.engines.packing import VERSION, PromptBatch, ScoreBatch, pack_prompts, pack_scores
 from evomerge.engines.prefixes import Prefixes
+from evomerge.engines.reordering import ReorderedWeights
 from evomerge.engines.scoring import score_all
-from evomerge.engines.trials import try_hops, try_savings
+from evomerge.engines.trials import try_hops, try_reordering, try_savings
 from evomerge.environment import library_versions
 from evomerge.evaluation.requests import Generated, Generation, Listener, Loglikelihood, Rolling
 
@@ -61,8 +62,9 @@ class HFEngine:
     given model shows that it changes nothing else (see `trials`): the LM head runs at scored positions
     only; continuations of one context share its computation (tree attention); what many texts begin with,
     such as few-shot examples, is computed once for all calls until the weights change; short texts share
-    rows. Texts are generated together, whatever their prompts' lengths, and a text that is done makes room
-    for the next prompt.
+    rows; on a CPU the weights of a small bfloat16 model are brought into the order of its matrix products
+    once, with the same bits. Texts are generated together, whatever their prompts' lengths, and a text that
+    is done makes room for the next prompt.
 
     Args:
         model: a transformers causal LM, on `device`; put into eval mode.
@@ -98,11 +100,14 @@ class HFEngine:
         self._stops: dict[tuple[str, ...], Stops] = {}
         self._live = LiveModel(model, self.device, self.max_length, hops)
         self._prefixes = Prefixes(self._live)
+        self._reordered = ReorderedWeights(model)
         try_savings(self._live)
+        try_reordering(self._live, self._reordered)
 
     def weights_changed(self) -> None:
         """Forget what was computed with the weights as they were."""
         self._prefixes.clear()
+        self._reordered.forget()
 
     def follow(self, path: LivePath | None, branches: Collection[int]) -> None:
         """Know which layers the model has now, so that what other paths have computed of them is used.
@@ -158,14 +163,16 @@ class HFEngine:
     def loglikelihood(self, requests: Sequence[Loglikelihood]) -> list[tuple[float, bool]]:
         """Return (log-probability of the continuation, greedy decoding gives it) for each request."""
         batches = self._plan("scores", requests, lambda: self._pack_pairs(requests))
-        sums, greedy = score_all(self._live, self._prefixes, batches, len(requests))
+        with self._reordered.used():
+            sums, greedy = score_all(self._live, self._prefixes, batches, len(requests))
         return list(zip(sums.tolist(), greedy.tolist(), strict=True))
 
     @torch.inference_mode()
     def loglikelihood_rolling(self, requests: Sequence[Rolling]) -> list[float]:
         """Return the log-probability of each text, in disjoint windows where it is longer than the model."""
         batches, owners = self._plan("rolling", requests, lambda: self._pack_windows(requests))
-        sums, _ = score_all(self._live, self._prefixes, batches, len(owners))
+        with self._reordered.used():
+            sums, _ = score_all(self._live, self._prefixes, batches, len(owners))
         totals = np.zeros(len(requests))
         np.add.at(totals, owners, sums)
         return [float(total) for total in totals]
@@ -187,19 +194,20 @@ class HFEngine:
             f"generate at {self._live.token_bytes} bytes", requests, lambda: self._pack_prompts(requests)
         )
         texts = [GrowingText(request, self._stops_of(request), ends) for request in requests]
-        if batches is not None:
-            decoder = Decoder(self._live, self._prefixes, rows=rows, penalty=penalty)
-            decoder.run(batches, prompts, texts, self.tokenizer)
-        else:
-            generate_plain(
-                self._live,
-                prompts,
-                texts,
-                [request.max_tokens for request in requests],
-                batch_tokens=self.batch_tokens,
-                ends=ends,
-                tokenizer=self.tokenizer,
-            )
+        with self._reordered.used():
+            if batches is not None:
+                decoder = Decoder(self._live, self._prefixes, rows=rows, penalty=penalty)
+                decoder.run(batches, prompts, texts, self.tokenizer)
+            else:
+                generate_plain(
+                    self._live,
+                    prompts,
+                    texts,
+                    [request.max_tokens for request in requests],
+                    batch_tokens=self.batch_tokens,
+                    ends=ends,
+                    tokenizer=self.tokenizer,
+                )
         return [text.result(self.tokenizer) for text in texts]
 
     def _plan(self, kind: str, requests: Sequence[Any], make: Callable[[], Plan]) -> Plan:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from evomerge.config import Engine as EngineConfig
+
+if TYPE_CHECKING:
+    import torch
 
 _LOGIT_COPIES = 3
 """Logits in the model's number format, in float32, and what their sum makes of them."""
@@ -28,6 +31,7 @@ class WorkingMemory:
         activations: of one forward pass.
         one_text: the part of `keys_and_values` without which there is no answer: those of the longest text.
         beginnings: of what layer paths that begin alike share.
+        reordered: of weights that are held once more, in another order.
     """
 
     keys_and_values: int | None
@@ -35,18 +39,21 @@ class WorkingMemory:
     activations: int
     one_text: int = 0
     beginnings: int = 0
+    reordered: int = 0
 
     @property
     def total(self) -> int:
         """All together, as far as it is known."""
-        return (self.keys_and_values or 0) + self.logits + self.activations + self.beginnings
+        held = self.beginnings + self.reordered
+        return (self.keys_and_values or 0) + self.logits + self.activations + held
 
 
 def working_memory(
     settings: EngineConfig,
     config: Mapping[str, Any],
-    width: int,
+    dtype: torch.dtype,
     *,
+    weights: int,
     growing_tokens: int,
     prefix_tokens: int,
     layers: int | None = None,
@@ -57,12 +64,14 @@ def working_memory(
     Args:
         settings: decided.
         config: the language model's Hugging Face config.
-        width: bytes of a weight.
+        dtype: of the weights.
+        weights: bytes of all of them.
         growing_tokens: length of the longest text with what is generated; 0 where nothing is.
         prefix_tokens: of the longest prefix that may be kept.
         layers: how many the live model has; by default as many as the config says.
         shared_tokens: what each candidate of a generation reads; 0 where candidates are no layer paths.
     """
+    width = dtype.itemsize
     hidden = int(config.get("hidden_size") or config.get("n_embd") or 0)
     wide = int(config.get("intermediate_size") or config.get("n_inner") or 4 * hidden)
     vocabulary = int(config.get("vocab_size") or 0)
@@ -78,6 +87,7 @@ def working_memory(
     from evomerge.engines.hops import budget
     from evomerge.engines.live import LOGITS_AT_ONCE
     from evomerge.engines.prefixes import KEPT_BYTES
+    from evomerge.engines.reordering import reordered_bytes
 
     device = str(settings.device)
     per_token = _token_bytes(config, width, layers)
@@ -92,7 +102,8 @@ def working_memory(
     states = min(layers or 0, _BRANCHES) * hidden * width + (per_token if growing_tokens else 0)
     beginnings = min(budget(settings), shared_tokens * states)
     logits = scored * vocabulary * 4 * _LOGIT_COPIES
-    return WorkingMemory(growing + kept, logits, activations, one_text, beginnings)
+    reordered = reordered_bytes(device, dtype, weights)
+    return WorkingMemory(growing + kept, logits, activations, one_text, beginnings, reordered)
 
 
 def _token_bytes(config: Mapping[str, Any], width: int, layers: int | None) -> int:

@@ -14,6 +14,7 @@ from evomerge.engines.hops import SharedHops
 from evomerge.engines.live import SLIDING, LiveModel
 from evomerge.engines.packing import Inputs, pack_prompts, pack_scores
 from evomerge.engines.prefixes import Prefixes
+from evomerge.engines.reordering import ReorderedWeights
 from evomerge.engines.scoring import score_batch
 from evomerge.errors import CandidateFailed
 from evomerge.losses import loss
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from evomerge.merging.live_paths import LivePath
 
 _SHARED = 24
+_ROWS = (1, 5, 24, 130)
 _WINDOW = 5
 
 
@@ -41,6 +43,11 @@ def try_hops(live: LiveModel, path: LivePath) -> None:
     """Find out whether a path's first layers may be left out where their outcome is known, and say so in `live`."""
     if live.hops.on and live.hops.works is None:
         live.hops.works = live.splits_head and _holds(lambda: _hops_are_known(live, path))
+
+
+def try_reordering(live: LiveModel, reordered: ReorderedWeights) -> None:
+    """Find out whether reordered weights give a model's own logits, bit for bit, and say so in `reordered`."""
+    reordered.works = reordered.possible and _holds(lambda: _reordering_is_exact(live, reordered))
 
 
 def _holds(trial: Callable[[], bool]) -> bool:
@@ -134,6 +141,17 @@ def _hops_are_known(live: LiveModel, path: LivePath) -> bool:
                     return False
     finally:
         live.hops = own
+    return True
+
+
+def _reordering_is_exact(live: LiveModel, reordered: ReorderedWeights) -> bool:
+    """Whether logits are the same bits for few rows and for many, which are multiplied in different ways."""
+    for length in (n for n in _ROWS if n <= live.max_length):
+        ids_BL = (torch.arange(length, device=live.device) * 5 % 31)[None]
+        plain = live.logits(ids_BL)
+        with reordered.used():
+            if not torch.equal(live.logits(ids_BL), plain):
+                return False
     return True
 
 

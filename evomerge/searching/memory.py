@@ -101,7 +101,7 @@ class Memory:
             f"  memory      {len(self.parents)} parents, {size(self.parent_bytes)} on disk, {kept}; {count} live model "
             f"{most}{size(self.live_bytes)} in {self.live_in}, {self._depth}with about {cache}"
             f"{size(works.logits)} logits, "
-            f"{size(works.activations)} activations{self._beginnings}{free}",
+            f"{size(works.activations)} activations{self._held}{free}",
             f"  swap        {swap}",
         ]
 
@@ -110,8 +110,9 @@ class Memory:
         return "" if self.longest_path is None else f"paths of up to {self.longest_path} layers, "
 
     @property
-    def _beginnings(self) -> str:
-        return f", {size(self.working.beginnings)} shared hops" if self.working.beginnings else ""
+    def _held(self) -> str:
+        held = {"shared hops": self.working.beginnings, "reordered weights": self.working.reordered}
+        return "".join(f", {size(nbytes)} {name}" for name, nbytes in held.items() if nbytes)
 
     def warnings(self) -> list[str]:
         """Return what may go wrong, one sentence each."""
@@ -151,7 +152,7 @@ def plan_memory(setup: Setup, *, measured: tuple[float, float] | None = None) ->
         longest = None
         plan = plan_merge(setup.baselines["initial"], setup.checkpoints)
         live = plan.nbytes
-    working = _working(setup, plan, longest)
+    working = _working(setup, plan, longest, live)
     gpus = _gpus() if config.engine.device == "cuda" else ()
     per_gpu = max(1, int(1 / _gpus_per_worker(config))) if gpus else 1
     available = available_memory() if config.workers.address is None else None
@@ -244,7 +245,7 @@ def _seconds(seconds: float) -> str:
     return f"{seconds:.2g} s" if seconds < 100 else f"{seconds:.0f} s"
 
 
-def _working(setup: Setup, plan: MergePlan, layers: int | None) -> WorkingMemory:
+def _working(setup: Setup, plan: MergePlan, layers: int | None, weights: int) -> WorkingMemory:
     prompts = [0]
     grown = [0]
     for request in setup.suite.requests():
@@ -258,7 +259,8 @@ def _working(setup: Setup, plan: MergePlan, layers: int | None) -> WorkingMemory
     return working_memory(
         setup.config.engine,
         setup.checkpoints[plan.donor].text_config,
-        plan.dtype.itemsize,
+        plan.dtype,
+        weights=weights,
         growing_tokens=min(longest, max(grown)),
         prefix_tokens=min(longest, math.ceil(max(prompts) / CHARACTERS_PER_TOKEN)),
         layers=layers,

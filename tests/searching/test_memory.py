@@ -10,13 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from evomerge import memory as machine
 from evomerge.checkpoints.tokenizer import load_tokenizer
 from evomerge.cli import main
 from evomerge.config import Config, load_config
-from evomerge.engines import open_host
+from evomerge.engines import open_host, reordering
 from evomerge.errors import UserError
 from evomerge.memory import available_memory, copy_bandwidth
 from evomerge.merging import Materializer
@@ -64,6 +65,17 @@ def test_parents_live_model_and_swap_are_counted_in_bytes(config: Path, family: 
     assert (memory.live_in, memory.parents_in, memory.workers) == ("host memory", "page cache", 1)
     assert plan_memory(setup_of(config, "output.dtype=float16")).live_bytes == sizes["base"] // 2
     assert memory.working.total > 0
+
+
+def test_weights_in_another_order_are_counted(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reordering, "_possible", lambda device, dtype: dtype == torch.bfloat16)
+    plain = plan_memory(setup_of(config))
+    assert plain.working.reordered == 0
+    assert "reordered" not in plain.lines()[0]
+    memory = plan_memory(setup_of(config, "output.dtype=bfloat16"))
+    assert memory.working.reordered == memory.live_bytes
+    assert memory.working.total > memory.live_bytes
+    assert "reordered weights" in memory.lines()[0]
 
 
 def test_layer_paths_hold_all_layers_of_the_pool_at_most(config: Path, family: dict[str, Path]) -> None:
