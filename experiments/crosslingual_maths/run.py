@@ -26,13 +26,15 @@ os.environ.update(
 )
 
 from arms import ARMS, DEFAULTS, EXPERTS, grid
-from report import RESULTS, write_report
+from report import GRID_BEST, MAIN, RESULTS, TARGET, write_report
 
 import evomerge
 from evomerge.config import Config, parse_config
+from evomerge.evaluation.statistics import Table
 from evomerge.recipe import Recipe
 from evomerge.schema import read_yaml
 from evomerge.searching.ranking import fitness_of, values_of
+from evomerge.searching.setup import set_up
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -63,12 +65,8 @@ def config_of(arm: str, seed: int) -> Config:
 
 def search(arm: str, seed: int) -> dict[str, Any]:
     """Run one search, or go on with it; return its winner's line."""
-    folder = RUNS / f"{arm.replace(' ', '_').replace(',', '')}-{seed}"
-    run = evomerge.search(config_of(arm, seed), run=folder, continue_=True)
+    run = evomerge.search(config_of(arm, seed), run=folder_of(arm, seed), continue_=True, yes=True)
     results = run.results
-    items, scores = run.items(), run.scores()
-    test = set(items[items.split == "test"].id)
-    won = scores[(scores.recipe == results["winner"]["hash"]) & scores.item.isin(test)].sort_values("item")
     rows = run.candidates()
     return {
         "name": arm,
@@ -77,28 +75,51 @@ def search(arm: str, seed: int) -> dict[str, Any]:
         "recipe": results["winner"]["recipe"],
         "search": results["winner"]["search"]["mean"],
         "validation": results["winner"]["validation"]["mean"],
-        "test": packed(
-            {task: dict(zip(part.item, part.raw, strict=True)) for task, part in won.groupby("task")}
-        ),
+        "test": _test_scores(run, results["winner"]["hash"]),
         "fitness": [[int(g), f] for g, f in zip(rows.generation, rows.fitness, strict=True)],
         **{key: results[key] for key in ("candidates", "failed_candidates", "item_evaluations", "dimension")},
         **{key: results[key] for key in ("wall_seconds", "versions", "hardware")},
     }
 
 
-def references(done: set[str]) -> Iterator[dict[str, Any]]:
-    """Yield the lines of parents, of customary merges and of the grid's best."""
-    wanted = ["base", *EXPERTS, "uniform", *DEFAULTS, "best of the grid"]
-    if done >= set(wanted):
-        return
-    bench = Bench(config_of("task_arithmetic", 0), CONFIG)
-    recipes = {name: bench.setup.baselines[name] for name in ("base", *EXPERTS, "uniform")}
-    recipes.update({name: bench.recipe(merge) for name, merge in DEFAULTS.items()})
-    for name, recipe in recipes.items():
-        if name not in done:
-            yield _reference(bench, name, recipe)
-    if "best of the grid" not in done:
-        yield _best_of_grid(bench)
+def folder_of(arm: str, seed: int) -> Path:
+    """Return where a search is kept."""
+    return RUNS / f"{arm.replace(' ', '_').replace(',', '')}-{seed}"
+
+
+def _test_scores(run: evomerge.Run, recipe: str) -> dict[str, Any]:
+    items, scores = run.items(), run.scores()
+    test = set(items[items.split == "test"].id)
+    found = scores[(scores.recipe == recipe) & scores.item.isin(test)]
+    return _by_item(
+        {task: dict(zip(part.item, part.raw, strict=True)) for task, part in found.groupby("task")}
+    )
+
+
+def _by_item(table: Table) -> dict[str, Any]:
+    """Pack scores in the order of the items' ids, so that those of two models can be paired."""
+    return packed({task: dict(sorted(scores.items())) for task, scores in table.items()})
+
+
+def parents() -> Iterator[dict[str, Any]]:
+    """Yield the lines of base, experts and uniform, which the first search has scored."""
+    run = evomerge.Run(folder_of(MAIN, 0))
+    recipes = set_up(config_of(MAIN, 0), file=CONFIG).baselines
+    known = {**run.results["baselines"], **run.results["baselines"]["experts"]}
+    for name in ("base", *EXPERTS, "uniform"):
+        yield {
+            "name": name,
+            "validation": known[name]["validation"]["mean"],
+            "test": _test_scores(run, recipes[name].hash),
+        }
+
+
+def reference(name: str) -> dict[str, Any]:
+    """Return the line of a customary merge, or of the grid's best."""
+    bench = Bench(config_of(MAIN, 0), CONFIG)
+    return (
+        _best_of_grid(bench) if name == GRID_BEST else _reference(bench, name, bench.recipe(DEFAULTS[name]))
+    )
 
 
 def _reference(bench: Bench, name: str, recipe: Recipe, **more: Any) -> dict[str, Any]:
@@ -106,7 +127,7 @@ def _reference(bench: Bench, name: str, recipe: Recipe, **more: Any) -> dict[str
     return {
         "name": name,
         "validation": fitness_of(bench.scores(recipe, blocks["validation"]), bench.weights),
-        "test": packed(values_of(bench.scores(recipe, blocks["test"]), raw=True)),
+        "test": _by_item(values_of(bench.scores(recipe, blocks["test"]), raw=True)),
         **more,
     }
 
@@ -124,12 +145,11 @@ def _best_of_grid(bench: Bench) -> dict[str, Any]:
     }
     best = max(validated, key=lambda name: validated[name])
     items = sum(len(block.items) for block in blocks)
-    return _reference(bench, "best of the grid", recipes[best], point=best, grid=seen, items=items)
+    return _reference(bench, GRID_BEST, recipes[best], point=best, grid=seen, items=items)
 
 
-def _run(job: tuple[str, Any]) -> list[dict[str, Any]]:
-    kind, argument = job
-    return [search(*argument)] if kind == "search" else list(references(set(argument)))
+def _run(job: tuple[Any, ...]) -> dict[str, Any]:
+    return search(*job) if len(job) > 1 else reference(*job)
 
 
 def main() -> None:
@@ -144,28 +164,30 @@ def main() -> None:
     lines = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
     RUNS.mkdir(parents=True, exist_ok=True)
 
-    def keep(new: list[dict[str, Any]]) -> None:
-        for line in new:
-            lines.append(line)
-            with RESULTS.open("a") as out:
-                out.write(json.dumps(line, ensure_ascii=False) + "\n")
-            french = [int(digit) for digit in line["test"]["maths_fr"]]
-            print(
-                f"{line['name']} {line.get('seed', '')}: French maths {sum(french) / len(french):.3f}",
-                flush=True,
-            )
-
     found = {(line["name"], line.get("seed")) for line in lines}
-    jobs: list[tuple[str, Any]] = [("references", [name for name, seed in found if seed is None])]
+
+    def keep(line: dict[str, Any]) -> None:
+        lines.append(line)
+        with RESULTS.open("a") as out:
+            out.write(json.dumps(line, ensure_ascii=False) + "\n")
+        french = [int(digit) for digit in line["test"][TARGET]]
+        print(
+            f"{line['name']} {line.get('seed', '')}: French maths {sum(french) / len(french):.3f}", flush=True
+        )
+
+    jobs: list[tuple[Any, ...]] = [(name,) for name in (GRID_BEST, *DEFAULTS) if (name, None) not in found]
     jobs += [
-        ("search", (arm.name, seed))
+        (arm.name, seed)
         for seed in range(options.seeds)
         for arm in ARMS
         if (arm.name, seed) not in found and (options.only is None or arm.name in options.only)
     ]
     with get_context("spawn").Pool(options.jobs, maxtasksperchild=1) as pool:
-        for new in pool.imap_unordered(_run, jobs):
-            keep(new)
+        for line in pool.imap_unordered(_run, jobs):
+            keep(line)
+    if ("base", None) not in found:
+        for line in parents():
+            keep(line)
 
     write_report(lines)
 
