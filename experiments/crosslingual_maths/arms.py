@@ -66,6 +66,7 @@ def _method(method: str, parameters: dict[str, Any]) -> Callable[[dict[str, Any]
             "method": method,
             "parameters": {"weight": weight, **parameters},
         }
+        config["optimizer"]["population"] = 9
 
     return change
 

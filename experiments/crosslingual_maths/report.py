@@ -24,7 +24,8 @@ SKILLS = (TARGET, "maths_en", "reading_fr", "ordering_en")
 TEXTS = ("english_text", "french_text")
 HEADS = ("French maths", "English maths", "French reading", "ordering", "English text", "French text")
 GRID_BEST = "best of the grid"
-UNSEARCHED = ("base", *EXPERTS, "uniform", *DEFAULTS, GRID_BEST)
+PARENTS = ("base", *EXPERTS, "uniform", "initial")
+UNSEARCHED = (*PARENTS, *DEFAULTS, GRID_BEST)
 MAIN = "task_arithmetic"
 """The search of configs/smollm2_crosslingual.yaml, whose winner is compared with the models that need no search."""
 

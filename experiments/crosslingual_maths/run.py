@@ -4,8 +4,8 @@
     scripts/build_smollm2
     .venv/bin/python experiments/crosslingual_maths/run.py
 
-Every search and the grid have the same budget of item evaluations; searches run once a seed; all models are
-scored on the same test items, of which no search knew. One line a model goes to results.jsonl; README.md's table and,
+Every search and the grid propose as many merges and score them on as many items; searches run once a seed; all models
+are scored on the same test items, of which no search knew. One line a model goes to results.jsonl; README.md's table and,
 if matplotlib is there, french_maths.png come from that file (`report.py`). What is in it is not repeated, and a search
 that was interrupted goes on where it stopped.
 """
@@ -26,7 +26,7 @@ os.environ.update(
 )
 
 from arms import ARMS, DEFAULTS, EXPERTS, grid
-from report import GRID_BEST, MAIN, RESULTS, TARGET, write_report
+from report import GRID_BEST, MAIN, PARENTS, RESULTS, TARGET, write_report
 
 import evomerge
 from evomerge.config import Config, parse_config
@@ -102,11 +102,11 @@ def _by_item(table: Table) -> dict[str, Any]:
 
 
 def parents() -> Iterator[dict[str, Any]]:
-    """Yield the lines of base, experts and uniform, which the first search has scored."""
+    """Yield the lines of base, experts, uniform and initial, which the first search has scored."""
     run = evomerge.Run(folder_of(MAIN, 0))
     recipes = set_up(config_of(MAIN, 0), file=CONFIG).baselines
     known = {**run.results["baselines"], **run.results["baselines"]["experts"]}
-    for name in ("base", *EXPERTS, "uniform"):
+    for name in PARENTS:
         yield {
             "name": name,
             "validation": known[name]["validation"]["mean"],
@@ -185,9 +185,10 @@ def main() -> None:
     with get_context("spawn").Pool(options.jobs, maxtasksperchild=1) as pool:
         for line in pool.imap_unordered(_run, jobs):
             keep(line)
-    if ("base", None) not in found:
+    if (folder_of(MAIN, 0) / "results.json").exists():
         for line in parents():
-            keep(line)
+            if (line["name"], None) not in found:
+                keep(line)
 
     write_report(lines)
 

@@ -68,7 +68,7 @@ def main() -> int:
     try:
         base = build_base(out / BASE, force=options.force)
         if not options.base_only:
-            write_tasks(out / "tasks", settings.seed)
+            write_tasks(out / "tasks", settings)
             print(f"{out / 'tasks'}: written")
             build_experts(base, out / "experts", settings, jobs=options.jobs, force=options.force)
     except PackageNotFoundError as error:
@@ -77,6 +77,9 @@ def main() -> int:
             "which installs it",
             file=sys.stderr,
         )
+        return 2
+    except ValueError as error:
+        print(f"build_smollm2: {error}", file=sys.stderr)
         return 2
     except ChildProcessError as error:
         print(f"build_smollm2: {error}", file=sys.stderr)

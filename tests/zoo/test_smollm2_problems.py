@@ -24,7 +24,7 @@ MANY = 4000
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tasks")
-    tasks.write_tasks(folder, seed=0)
+    tasks.write_tasks(folder, experts.Settings())
     return folder
 
 
@@ -56,7 +56,7 @@ def test_answers_are_right(folder: Path, task: str) -> None:
 
 @pytest.mark.parametrize("name", ["maths_fr", "maths_en", "reading_fr", "ordering_en"])
 def test_the_filter_finds_a_taught_answer(folder: Path, name: str) -> None:
-    skill = tasks.suite(0)[name]
+    skill = tasks.suite(experts.Settings())[name]
     for problem in itertools.islice(skill.problems["test"], 200):
         assert re.findall(skill.pattern, f" {problem.answer}")[-1] == problem.result
 
@@ -107,6 +107,44 @@ def test_what_is_asked_was_not_taught(folder: Path) -> None:
     }
     assert len(taught) > 1000
     assert not asked & taught
+
+
+def computed(question: str) -> set[tuple[str, int, int]]:
+    """Read from the words of a problem what is to be computed."""
+    numbers = [int(n) for n in re.findall(r"\d+", question)]
+    if len(numbers) == 3:
+        return {("+", *sorted(numbers[:2])), ("-", numbers[0] + numbers[1], numbers[2])}
+    operation = "+" if solved(question) == sum(numbers) else "-"
+    if re.search(r"boxes|boîtes|costs|coûte", question):
+        operation = "x"
+    return {(operation, *(numbers if operation == "-" else sorted(numbers)))}
+
+
+def test_no_sum_that_is_asked_was_shown(folder: Path) -> None:
+    settings = experts.Settings()
+    examples = itertools.islice(experts.EXPERTS["maths"](settings.seed), settings.steps * settings.batch)
+    shown = set().union(*(computed(question) for question, _ in examples))
+    assert shown == tasks.taught_sums(settings)
+    for name in ("maths_en", "maths_fr"):
+        asked = set().union(*(computed(row["prompt"]) for row in rows(folder, name)))
+        assert len(asked) > 50
+        assert not asked & shown
+
+
+def test_splits_ask_for_the_same_kinds_of_sums(folder: Path) -> None:
+    def shares(split: str) -> dict[str, float]:
+        lines = (folder / "data" / f"maths_fr_{split}.jsonl").read_text().splitlines()
+        kinds = [tuple(sorted(o for o, _, _ in computed(json.loads(line)["prompt"]))) for line in lines]
+        return {kind: kinds.count(kind) / len(kinds) for kind in {("+",), ("-",), ("+", "-")}}
+
+    search, test = shares("search"), shares("test")
+    assert all(abs(search[kind] - test[kind]) < 0.12 for kind in search)
+
+
+def test_too_much_teaching_leaves_nothing_to_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks, "_DRAWS", 500)
+    with pytest.raises(ValueError, match="smaller --steps"):
+        tasks.write_tasks(tmp_path, experts.Settings())
 
 
 def test_splits_share_no_key() -> None:
