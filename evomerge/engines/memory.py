@@ -53,7 +53,6 @@ def working_memory(
     config: Mapping[str, Any],
     dtype: torch.dtype,
     *,
-    weights: int,
     growing_tokens: int,
     prefix_tokens: int,
     layers: int | None = None,
@@ -65,7 +64,6 @@ def working_memory(
         settings: decided.
         config: the language model's Hugging Face config.
         dtype: of the weights.
-        weights: bytes of all of them.
         growing_tokens: length of the longest text with what is generated; 0 where nothing is.
         prefix_tokens: of the longest prefix that may be kept.
         layers: how many the live model has; by default as many as the config says.
@@ -102,8 +100,20 @@ def working_memory(
     states = min(layers or 0, _BRANCHES) * hidden * width + (per_token if growing_tokens else 0)
     beginnings = min(budget(settings), shared_tokens * states)
     logits = scored * vocabulary * 4 * _LOGIT_COPIES
-    reordered = reordered_bytes(device, dtype, weights)
+    reordered = reordered_bytes(device, dtype, _linear_bytes(config, width, layers))
     return WorkingMemory(growing + kept, logits, activations, one_text, beginnings, reordered)
+
+
+def _linear_bytes(config: Mapping[str, Any], width: int, layers: int | None) -> int:
+    """Return about how many bytes the weights of all linear layers have, the head among them."""
+    layers = layers or int(config.get("num_hidden_layers") or config.get("n_layer") or 0)
+    heads = int(config.get("num_attention_heads") or config.get("n_head") or 1)
+    hidden = int(config.get("hidden_size") or config.get("n_embd") or 0)
+    pairs = int(config.get("num_key_value_heads") or heads)
+    size = int(config.get("head_dim") or hidden // heads)
+    wide = int(config.get("intermediate_size") or config.get("n_inner") or 4 * hidden)
+    layer = hidden * (2 * (heads + pairs) * size + 3 * wide)
+    return width * (layers * layer + hidden * int(config.get("vocab_size") or 0))
 
 
 def _token_bytes(config: Mapping[str, Any], width: int, layers: int | None) -> int:

@@ -6,10 +6,8 @@ growing texts, that takes longer than the product itself; done once a candidate,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +17,7 @@ MOST_BYTES = 2**30
 
 
 def reordered_bytes(device: str, dtype: torch.dtype, weights: int) -> int:
-    """Return about how many bytes reordered weights take beside a model of so many bytes."""
+    """Return how many bytes are reordered of linear layers with so many bytes in their weights."""
     return weights if weights <= MOST_BYTES and _possible(torch.device(device), dtype) else 0
 
 
@@ -37,7 +35,9 @@ def _possible(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 class ReorderedWeights:
-    """Lets the linear layers of a live model use reordered weights, which are made when they are first used.
+    """Lets the linear layers of a live model use reordered weights, each made when its layer first multiplies.
+
+    transformers' own forward pass calls the layers, so it is their `forward` that is replaced, within `used` only.
 
     Args:
         model: whose plain linear layers, of bfloat16 on a CPU, take part.
@@ -49,7 +49,7 @@ class ReorderedWeights:
     def __init__(self, model: nn.Module) -> None:
         self.works: bool | None = None
         self._model = model
-        self._products: dict[nn.Linear, Callable[[Tensor], Tensor]] | None = None
+        self._products: list[tuple[nn.Linear, _Product]] | None = None
 
     def forget(self) -> None:
         """Let the reordered weights go: the model's own have changed, or are about to."""
@@ -57,19 +57,22 @@ class ReorderedWeights:
 
     @contextmanager
     def used(self) -> Iterator[None]:
-        """Let the layers use them, unless a trial has shown that they do not work."""
+        """Let the layers use them, unless a trial has shown that they do not work. Must not be nested."""
         if self.works is False:
             yield
             return
         if self._products is None:
-            self._products = {layer: _product(layer) for layer in self._layers()}
-        for layer, product in self._products.items():
-            layer.__dict__["forward"] = product
+            # Layers that share their weights, as those of a path that comes twice, share the reordered ones too.
+            kept: dict[tuple[int, torch.Size], Tensor] = {}
+            self._products = [(layer, _Product(layer, kept)) for layer in self._layers()]
+        products = self._products
         try:
+            for layer, product in products:
+                layer.__dict__["forward"] = product
             yield
         finally:
-            for layer in self._products:
-                del layer.__dict__["forward"]
+            for layer, _ in products:
+                layer.__dict__.pop("forward", None)
 
     @property
     def possible(self) -> bool:
@@ -85,17 +88,30 @@ class ReorderedWeights:
             and "forward" not in module.__dict__
             and _possible(module.weight.device, module.weight.dtype)
         ]
-        return layers if sum(layer.weight.nbytes for layer in layers) <= MOST_BYTES else []
+        weights = {layer.weight.data_ptr(): layer.weight.nbytes for layer in layers}
+        return layers if sum(weights.values()) <= MOST_BYTES else []
 
 
-def _product(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
-    operations: Any = torch.ops.mkldnn
-    weight = operations._reorder_linear_weight(layer.weight.detach(), None)
-    return partial(_multiply, layer, weight, operations._linear_pointwise.default)
+class _Product:
+    """Multiplies as a linear layer does.
 
+    Args:
+        layer: the layer.
+        kept: reordered weights by place and shape of a layer's own; it takes this layer's.
+    """
 
-def _multiply(layer: nn.Linear, weight: Tensor, product: Callable[..., Tensor], rows: Tensor) -> Tensor:
-    # Of scattered rows torch adds a bias after rounding, the product before.
-    if not rows.is_contiguous():
-        return nn.functional.linear(rows, layer.weight, layer.bias)
-    return product(rows, weight, layer.bias, "none", [], "")
+    def __init__(self, layer: nn.Linear, kept: dict[tuple[int, torch.Size], Tensor]) -> None:
+        self._layer = layer
+        self._kept = kept
+        self._multiply = torch.ops.mkldnn._linear_pointwise.default
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        layer = self._layer
+        # Of scattered rows torch adds a bias after rounding, the product before.
+        if not rows.is_contiguous():
+            return nn.functional.linear(rows, layer.weight, layer.bias)
+        place = layer.weight.data_ptr(), layer.weight.shape
+        if place not in self._kept:
+            self._kept[place] = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), None)
+        product: Tensor = self._multiply(rows, self._kept[place], layer.bias, "none", [], "")
+        return product

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from evomerge.merging.live_paths import LivePath
 
 _SHARED = 24
-_ROWS = (1, 5, 24, 130)
+_ROWS = (1, 5, 24, 64, 130, 512)
 _WINDOW = 5
 
 
@@ -48,6 +48,7 @@ def try_hops(live: LiveModel, path: LivePath) -> None:
 def try_reordering(live: LiveModel, reordered: ReorderedWeights) -> None:
     """Find out whether reordered weights give a model's own logits, bit for bit, and say so in `reordered`."""
     reordered.works = reordered.possible and _holds(lambda: _reordering_is_exact(live, reordered))
+    reordered.forget()
 
 
 def _holds(trial: Callable[[], bool]) -> bool:

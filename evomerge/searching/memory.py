@@ -152,7 +152,7 @@ def plan_memory(setup: Setup, *, measured: tuple[float, float] | None = None) ->
         longest = None
         plan = plan_merge(setup.baselines["initial"], setup.checkpoints)
         live = plan.nbytes
-    working = _working(setup, plan, longest, live)
+    working = _working(setup, plan, longest)
     gpus = _gpus() if config.engine.device == "cuda" else ()
     per_gpu = max(1, int(1 / _gpus_per_worker(config))) if gpus else 1
     available = available_memory() if config.workers.address is None else None
@@ -245,7 +245,7 @@ def _seconds(seconds: float) -> str:
     return f"{seconds:.2g} s" if seconds < 100 else f"{seconds:.0f} s"
 
 
-def _working(setup: Setup, plan: MergePlan, layers: int | None, weights: int) -> WorkingMemory:
+def _working(setup: Setup, plan: MergePlan, layers: int | None) -> WorkingMemory:
     prompts = [0]
     grown = [0]
     for request in setup.suite.requests():
@@ -260,7 +260,6 @@ def _working(setup: Setup, plan: MergePlan, layers: int | None, weights: int) ->
         setup.config.engine,
         setup.checkpoints[plan.donor].text_config,
         plan.dtype,
-        weights=weights,
         growing_tokens=min(longest, max(grown)),
         prefix_tokens=min(longest, math.ceil(max(prompts) / CHARACTERS_PER_TOKEN)),
         layers=layers,

@@ -5,9 +5,9 @@
     .venv/bin/python experiments/crosslingual_maths/run.py
 
 Every search and the grid propose as many merges and score them on as many items; searches run once a seed; all models
-are scored on the same test items, of which no search knew. One line a model goes to results.jsonl; README.md's table and,
-if matplotlib is there, french_maths.png come from that file (`report.py`). What is in it is not repeated, and a search
-that was interrupted goes on where it stopped.
+are scored on the same test items, of which no search knew. One line a model goes to results.jsonl; README.md's table
+and, if matplotlib is there, french_maths.png come from that file (`report.py`). What is in it is not repeated, and a
+search that was interrupted goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ os.environ.update(
     HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false"
 )
 
-from arms import ARMS, DEFAULTS, EXPERTS, grid
+from arms import ARMS, DEFAULTS, grid
 from report import GRID_BEST, MAIN, PARENTS, RESULTS, TARGET, write_report
 
 import evomerge

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import asdict
@@ -16,7 +17,7 @@ os.environ.update(
 )
 
 from convert import build_base, sha256
-from experts import EXPERTS, Settings, is_built
+from experts import EXPERTS, Settings, forget_progress, is_built
 from tasks import write_tasks
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -30,6 +31,8 @@ def build_experts(base: Path, folder: Path, settings: Settings, *, jobs: int, fo
         ChildProcessError: a training failed; its output was shown.
     """
     waiting = [n for n in EXPERTS if force or not is_built(folder / n, base, settings)]
+    if force:
+        forget_progress(folder)
     if waiting:
         print(f"training {', '.join(waiting)} (about 6 minutes each on an idle core)", flush=True)
     running: dict[str, subprocess.Popen[bytes]] = {}
@@ -63,6 +66,8 @@ def main() -> int:
     options = parser.parse_args()
     if options.jobs < 1 or options.steps < 1:
         parser.error("--jobs and --steps are at least 1")
+    # So that `finally` stops the trainings, which would go on by themselves.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     out = options.out.resolve()
     settings = Settings(steps=options.steps)
     try:

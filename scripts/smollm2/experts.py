@@ -92,6 +92,16 @@ def _stamp(name: str, base: Path, settings: Settings) -> dict[str, Any]:
     return {**asdict(settings), "base": sha256(base / "model.safetensors"), "examples": examples}
 
 
+def _progress_file(folder: Path, name: str) -> Path:
+    return folder / f".{name}.progress.safetensors"
+
+
+def forget_progress(folder: Path) -> None:
+    """Remove what interrupted trainings have left, so that they begin anew."""
+    for name in EXPERTS:
+        _progress_file(folder, name).unlink(missing_ok=True)
+
+
 def train(name: str, base: Path, out: Path, settings: Settings) -> None:
     """Train an expert and write it to a PEFT folder that appears when it is complete."""
     import torch
@@ -113,7 +123,7 @@ def train(name: str, base: Path, out: Path, settings: Settings) -> None:
     model = get_peft_model(model, lora, autocast_adapter_dtype=False)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=settings.learning_rate, weight_decay=0.0)
-    progress = _Progress(out.with_name(f".{out.name}.progress.safetensors"), _stamp(name, base, settings))
+    progress = _Progress(_progress_file(out.parent, name), _stamp(name, base, settings))
     first = progress.restore(trained, optimizer)
     examples = itertools.islice(EXPERTS[name](settings.seed), first * settings.batch, None)
     model.train()
@@ -145,6 +155,7 @@ def train(name: str, base: Path, out: Path, settings: Settings) -> None:
     config["base_model_name_or_path"] = base.name
     (partial / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     (partial / "README.md").unlink(missing_ok=True)
+    (partial / "adapter_model.safetensors").chmod(0o644)
     (partial / STAMP).write_text(json.dumps(_stamp(name, base, settings)) + "\n")
     shutil.rmtree(out, ignore_errors=True)
     partial.replace(out)

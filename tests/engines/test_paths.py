@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from evomerge.checkpoints.tokenizer import load_tokenizer
 from evomerge.config import Engine as EngineConfig
-from evomerge.engines import generation
+from evomerge.engines import generation, reordering
 from evomerge.engines.hf_host import HFHost
+from evomerge.engines.reordering import reordered_bytes
+from evomerge.errors import UserError
 from evomerge.evaluation.requests import Generation, Loglikelihood, Rolling
 from evomerge.merging import open_parents, pin
 from evomerge.recipe import Recipe
@@ -37,11 +40,11 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def recipes_of(models: dict[str, Path]) -> list[Recipe]:
+def recipes_of(models: dict[str, Path], **parts: Any) -> list[Recipe]:
     found = []
     for hops in CANDIDATES:
         path = [{"model": name, "layer": layer, "scale": scale} for name, layer, scale in hops]
-        recipe = make_recipe(models, path=path)
+        recipe = make_recipe(models, path=path, **parts)
         found.append(pin(recipe, open_parents(recipe)))
     return found
 
@@ -66,6 +69,31 @@ def test_paths_share_an_engine_and_get_the_scores_that_they_get_alone(kind, tmp_
     assert found == alone
     assert found[0] == found[3]
     assert found[0] != found[1]
+
+
+@pytest.mark.skipif(not reordered_bytes("cpu", torch.bfloat16, 1), reason="this CPU has no bfloat16 products")
+@pytest.mark.parametrize("tied", [False, True])
+def test_bfloat16_weights_are_reordered_anew_for_each_recipe(tied, tmp_path, monkeypatch):
+    models = {n: make_model(tmp_path / n, seed, tied=tied) for seed, n in enumerate("ab")}
+    output = {"dtype": "bfloat16"}
+    recipes = recipes_of(models, output=output)
+    for weight in (0.5, 0.9, 0.5):
+        merge = {"method": "linear", "inputs": ["a", "b"], "parameters": {"weight": {"a": weight, "b": 1}}}
+        recipe = make_recipe(models, merge=merge, output=output)
+        recipes.append(pin(recipe, open_parents(recipe)))
+    checkpoints, tokenizer = open_parents(recipes[0]), load_tokenizer(models["a"])
+    broken = pin(make_recipe(models, path=[{"model": "a", "layer": 99}], output=output), checkpoints)
+    host = HFHost(SETTINGS, checkpoints, tokenizer)
+    found = []
+    for recipe in recipes:
+        found.append(answers(host, recipe))
+        # Of a recipe that fails nothing is left behind.
+        with pytest.raises(UserError):
+            host.hold(broken)
+    assert found[0] == found[3] != found[1]
+    assert found[4] == found[6] != found[5]
+    monkeypatch.setattr(reordering, "MOST_BYTES", 0)
+    assert [answers(HFHost(SETTINGS, checkpoints, tokenizer), recipe) for recipe in recipes] == found
 
 
 def test_the_engine_stays_while_the_path_changes(tmp_path):

@@ -115,8 +115,8 @@ def test_large_models_and_other_formats_are_not_held_twice(monkeypatch: pytest.M
 def test_a_trial_that_shows_other_bits_turns_them_off(
     family: dict[str, Path], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    multiply = reordering._multiply
-    monkeypatch.setattr(reordering, "_multiply", lambda *given: 1.01 * multiply(*given))
+    multiply = reordering._Product.__call__
+    monkeypatch.setattr(reordering._Product, "__call__", lambda *given: 1.01 * multiply(*given))
     engine = HFEngine(loaded(family["base"]), tokenizer, batch_tokens=300)
     assert engine._reordered.works is False
     assert engine.generate(PROMPTS)

@@ -73,8 +73,9 @@ def test_weights_in_another_order_are_counted(config: Path, monkeypatch: pytest.
     assert plain.working.reordered == 0
     assert "reordered" not in plain.lines()[0]
     memory = plan_memory(setup_of(config, "output.dtype=bfloat16"))
-    assert memory.working.reordered == memory.live_bytes
-    assert memory.working.total > memory.live_bytes
+    # All but embedding and norms, with the head.
+    assert memory.live_bytes / 2 < memory.working.reordered <= memory.live_bytes
+    assert memory.working.total > memory.working.reordered
     assert "reordered weights" in memory.lines()[0]
 
 
