@@ -70,9 +70,8 @@ def working_memory(
         shared_tokens: what each candidate of a generation reads; 0 where candidates are no layer paths.
     """
     width = dtype.itemsize
-    hidden = int(config.get("hidden_size") or config.get("n_embd") or 0)
-    wide = int(config.get("intermediate_size") or config.get("n_inner") or 4 * hidden)
-    vocabulary = int(config.get("vocab_size") or 0)
+    shape = _Shape.of(config, layers)
+    hidden, wide, vocabulary = shape.hidden, shape.wide, shape.vocabulary
     tokens = int(settings.batch_tokens)
     activations = tokens * width * (_WIDE_ACTIVATIONS * wide + _NARROW_ACTIVATIONS * hidden)
     if settings.type == "vllm":
@@ -88,7 +87,7 @@ def working_memory(
     from evomerge.engines.reordering import reordered_bytes
 
     device = str(settings.device)
-    per_token = _token_bytes(config, width, layers)
+    per_token = width * shape.states
     one_text = max(growing_tokens, prefix_tokens) * per_token
     growing = 0
     if growing_tokens:
@@ -100,27 +99,48 @@ def working_memory(
     states = min(layers or 0, _BRANCHES) * hidden * width + (per_token if growing_tokens else 0)
     beginnings = min(budget(settings), shared_tokens * states)
     logits = scored * vocabulary * 4 * _LOGIT_COPIES
-    reordered = reordered_bytes(device, dtype, _linear_bytes(config, width, layers))
+    reordered = reordered_bytes(device, dtype, width * shape.linear_weights)
     return WorkingMemory(growing + kept, logits, activations, one_text, beginnings, reordered)
 
 
-def _linear_bytes(config: Mapping[str, Any], width: int, layers: int | None) -> int:
-    """Return about how many bytes the weights of all linear layers have, the head among them."""
-    layers = layers or int(config.get("num_hidden_layers") or config.get("n_layer") or 0)
-    heads = int(config.get("num_attention_heads") or config.get("n_head") or 1)
-    hidden = int(config.get("hidden_size") or config.get("n_embd") or 0)
-    pairs = int(config.get("num_key_value_heads") or heads)
-    size = int(config.get("head_dim") or hidden // heads)
-    wide = int(config.get("intermediate_size") or config.get("n_inner") or 4 * hidden)
-    layer = hidden * (2 * (heads + pairs) * size + 3 * wide)
-    return width * (layers * layer + hidden * int(config.get("vocab_size") or 0))
+@dataclass(frozen=True)
+class _Shape:
+    """What a Hugging Face config says of a model's size.
 
+    Attributes:
+        layers, hidden, wide, vocabulary: numbers of layers, of the hidden and the feed-forward size, of tokens.
+        queries, keys: sizes of all heads' queries, and of all heads' keys, together.
+    """
 
-def _token_bytes(config: Mapping[str, Any], width: int, layers: int | None) -> int:
-    """Return the bytes of one token's keys and values in all layers."""
-    layers = layers or int(config.get("num_hidden_layers") or config.get("n_layer") or 0)
-    heads = int(config.get("num_attention_heads") or config.get("n_head") or 1)
-    hidden = int(config.get("hidden_size") or config.get("n_embd") or 0)
-    pairs = int(config.get("num_key_value_heads") or heads)
-    size = int(config.get("head_dim") or hidden // heads)
-    return 2 * layers * pairs * size * width
+    layers: int
+    hidden: int
+    wide: int
+    vocabulary: int
+    queries: int
+    keys: int
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], layers: int | None) -> _Shape:
+        """Read a config; `layers`, where given, counts instead of the config's own number."""
+        hidden = int(config.get("hidden_size") or config.get("n_embd") or 0)
+        heads = int(config.get("num_attention_heads") or config.get("n_head") or 1)
+        size = int(config.get("head_dim") or hidden // heads)
+        return cls(
+            layers=layers or int(config.get("num_hidden_layers") or config.get("n_layer") or 0),
+            hidden=hidden,
+            wide=int(config.get("intermediate_size") or config.get("n_inner") or 4 * hidden),
+            vocabulary=int(config.get("vocab_size") or 0),
+            queries=heads * size,
+            keys=int(config.get("num_key_value_heads") or heads) * size,
+        )
+
+    @property
+    def states(self) -> int:
+        """Numbers in one token's keys and values, in all layers."""
+        return 2 * self.layers * self.keys
+
+    @property
+    def linear_weights(self) -> int:
+        """About how many weights all linear layers have, the head among them."""
+        layer = self.hidden * (2 * (self.queries + self.keys) + 3 * self.wide)
+        return self.layers * layer + self.hidden * self.vocabulary

@@ -72,7 +72,7 @@ def search(arm: str, seed: int) -> dict[str, Any]:
         "name": arm,
         "seed": seed,
         "winner": results["winner"]["name"],
-        "recipe": results["winner"]["recipe"],
+        "recipe": _without_places(results["winner"]["recipe"]),
         "search": results["winner"]["search"]["mean"],
         "validation": results["winner"]["validation"]["mean"],
         "test": _test_scores(run, results["winner"]["hash"]),
@@ -80,6 +80,15 @@ def search(arm: str, seed: int) -> dict[str, Any]:
         **{key: results[key] for key in ("candidates", "failed_candidates", "item_evaluations", "dimension")},
         **{key: results[key] for key in ("wall_seconds", "versions", "hardware")},
     }
+
+
+def _without_places(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return a recipe whose models' folders are relative to the repository."""
+
+    def shortened(source: dict[str, str]) -> dict[str, str]:
+        return {key: value.removeprefix(f"{REPOSITORY}/") for key, value in source.items()}
+
+    return {**recipe, "models": {name: shortened(source) for name, source in recipe["models"].items()}}
 
 
 def folder_of(arm: str, seed: int) -> Path:
@@ -135,17 +144,17 @@ def _reference(bench: Bench, name: str, recipe: Recipe, **more: Any) -> dict[str
 def _best_of_grid(bench: Bench) -> dict[str, Any]:
     """Score the grid on search items, its best points on the validation items, and their best on the test items."""
     recipes = {name: bench.recipe(merge) for name, merge in grid().items()}
-    search, validation = bench.setup.blocks["search"], bench.setup.blocks["validation"]
-    share = CANDIDATES * bench.setup.items_per_candidate / len(recipes)
-    blocks = search[: max(1, int(share // len(search[0].items)))]
-    seen = {name: fitness_of(bench.scores(recipe, blocks), bench.weights) for name, recipe in recipes.items()}
+    # As many points as a search has candidates, so that each answers one block, as a candidate does.
+    block, validation = bench.setup.blocks["search"][0], bench.setup.blocks["validation"]
+    seen = {
+        name: fitness_of(bench.scores(recipe, [block]), bench.weights) for name, recipe in recipes.items()
+    }
     finalists = sorted(seen, key=lambda name: -seen[name])[:FINALISTS]
     validated = {
         name: fitness_of(bench.scores(recipes[name], validation), bench.weights) for name in finalists
     }
     best = max(validated, key=lambda name: validated[name])
-    items = sum(len(block.items) for block in blocks)
-    return _reference(bench, GRID_BEST, recipes[best], point=best, grid=seen, items=items)
+    return _reference(bench, GRID_BEST, recipes[best], point=best, grid=seen, items=len(block.items))
 
 
 def _run(job: tuple[Any, ...]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ os.environ.update(
 
 from convert import build_base, sha256
 from experts import EXPERTS, Settings, forget_progress, is_built
-from tasks import write_tasks
+from tasks import NothingLeftToAsk, write_tasks
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BASE = "SmolLM2-135M-Instruct"
@@ -83,7 +83,7 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
-    except ValueError as error:
+    except NothingLeftToAsk as error:
         print(f"build_smollm2: {error}", file=sys.stderr)
         return 2
     except ChildProcessError as error:

@@ -47,6 +47,10 @@ NUMBER = "(-?[0-9]+)"
 """The last number counts, in whatever words it stands, as in lm-eval's `flexible-extract`."""
 
 
+class NothingLeftToAsk(ValueError):
+    """Experts are taught so much that too few problems are left."""
+
+
 @dataclass(frozen=True)
 class Skill:
     """One task.
@@ -83,7 +87,7 @@ def write_tasks(folder: Path, settings: Settings) -> None:
     """Write the tasks; their items' keys are disjoint from each other and from all that experts are taught.
 
     Raises:
-        ValueError: experts are taught so much that too little is left to ask.
+        NothingLeftToAsk: for some task.
     """
     (folder / "data").mkdir(parents=True, exist_ok=True)
     for name, skill in suite(settings).items():
@@ -99,7 +103,7 @@ def write_tasks(folder: Path, settings: Settings) -> None:
                 if len(rows) == wanted[split]:
                     break
             else:
-                raise ValueError(
+                raise NothingLeftToAsk(
                     f"only {len(rows)} problems are left to ask of {name}; teach less with a smaller --steps"
                 )
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
