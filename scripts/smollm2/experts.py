@@ -27,7 +27,11 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Settings:
-    """How an expert is trained."""
+    """How an expert is trained.
+
+    Attributes:
+        batch: examples of a step; an expert may multiply it.
+    """
 
     steps: int = 160
     batch: int = 8
@@ -72,10 +76,23 @@ def ordering_examples(seed: int) -> Iterator[tuple[str, str]]:
     return _taught(ordering("train", seed))
 
 
-EXPERTS: dict[str, Callable[[int], Iterator[tuple[str, str]]]] = {
-    "maths": maths_examples,
-    "french": french_examples,
-    "ordering": ordering_examples,
+@dataclass(frozen=True)
+class Expert:
+    """What one is taught.
+
+    Attributes:
+        examples: of a seed: (question, answer) without end.
+        times: how many times as many examples as `Settings.batch` a step shows: arithmetic needs more than the rest.
+    """
+
+    examples: Callable[[int], Iterator[tuple[str, str]]]
+    times: int = 1
+
+
+EXPERTS = {
+    "maths": Expert(maths_examples, times=3),
+    "french": Expert(french_examples),
+    "ordering": Expert(ordering_examples),
 }
 
 
@@ -87,9 +104,15 @@ def is_built(folder: Path, base: Path, settings: Settings) -> bool:
 
 def _stamp(name: str, base: Path, settings: Settings) -> dict[str, Any]:
     """Return what decides an expert: settings, base, and the first of what it is taught."""
-    taught = list(itertools.islice(EXPERTS[name](settings.seed), 256))
+    taught = list(itertools.islice(EXPERTS[name].examples(settings.seed), 256))
     examples = hashlib.sha256(json.dumps(taught).encode()).hexdigest()
-    return {**asdict(settings), "base": sha256(base / "model.safetensors"), "examples": examples}
+    batch = settings.batch * EXPERTS[name].times
+    return {
+        **asdict(settings),
+        "batch": batch,
+        "base": sha256(base / "model.safetensors"),
+        "examples": examples,
+    }
 
 
 def _progress_file(folder: Path, name: str) -> Path:
@@ -125,7 +148,8 @@ def train(name: str, base: Path, out: Path, settings: Settings) -> None:
     optimizer = torch.optim.AdamW(trained.values(), lr=settings.learning_rate, weight_decay=0.0)
     progress = _Progress(_progress_file(out.parent, name), _stamp(name, base, settings))
     first = progress.restore(trained, optimizer)
-    examples = itertools.islice(EXPERTS[name](settings.seed), first * settings.batch, None)
+    size = settings.batch * EXPERTS[name].times
+    examples = itertools.islice(EXPERTS[name].examples(settings.seed), first * size, None)
     model.train()
     started, losses = time.monotonic(), []
     for step in range(first, settings.steps):
@@ -133,7 +157,7 @@ def train(name: str, base: Path, out: Path, settings: Settings) -> None:
         rate = min(1.0, (step + 1) / 10) * 0.5 * (1 + math.cos(math.pi * share))
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * rate
-        batch = _batch(tokenizer, [next(examples) for _ in range(settings.batch)])
+        batch = _batch(tokenizer, [next(examples) for _ in range(size)])
         loss = _loss(model, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import random
 import zlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 SPLITS = ("train", "search", "validation", "test")
 _TAUGHT = 5
-"""Eighths of all keys that examples are made of; of the rest, what is asked."""
+"""Eighths of all keys, and of all sums, that examples are made of; of the rest, what is asked."""
 _ASKED = ("search", "validation", "test", "test")
 """Quarters of the rest, by a hash that does not go with the first: neighbouring numbers fall into any."""
 
@@ -154,26 +154,38 @@ STORIES = (
 
 def split_of(key: tuple[object, ...]) -> str:
     """Return the split that a key belongs to."""
-    text = repr(key).encode()
-    if zlib.crc32(text) % 8 < _TAUGHT:
-        return "train"
-    return _ASKED[hashlib.sha256(text).digest()[0] % len(_ASKED)]
+    return "train" if zlib.crc32(repr(key).encode()) % 8 < _TAUGHT else _asked(key)
 
 
-def maths(language: str, split: str, seed: int, taught: Collection[object] = ()) -> Iterator[Problem]:
-    """Yield word problems without end: a worked answer, then the number. None has one of the sums `taught`."""
+def _asked(key: tuple[object, ...]) -> str:
+    return _ASKED[hashlib.sha256(repr(key).encode()).digest()[0] % len(_ASKED)]
+
+
+def is_taught(computed: tuple[str, int, int]) -> bool:
+    """Whether examples may show a sum; no other is asked. Products are facts and not rules: all of them are taught."""
+    return computed[0] == "x" or hashlib.sha256(repr(computed).encode()).digest()[0] % 8 < _TAUGHT
+
+
+def _story_split(number: int, a: int, b: int, c: int) -> str | None:
+    """Return the split that a story with its numbers belongs to: none if only a part of it is taught."""
+    taught = {is_taught(computed) for computed in STORIES[number].sums(a, b, c)}
+    if len(taught) > 1:
+        return None
+    return "train" if taught.pop() else _asked(_key(number, a, b, c))
+
+
+def maths(language: str, split: str, seed: int) -> Iterator[Problem]:
+    """Yield word problems without end: a worked answer, then the number. No sum of `train` is in another split."""
     rng = random.Random(f"maths {language} {split} {seed}")
     while True:
         number, a, b, c = _numbers(rng)
-        key = _key(number, a, b, c)
-        story = STORIES[number]
-        sums = story.sums(a, b, c)
-        if split_of(key) != split or not set(sums).isdisjoint(taught):
+        if _story_split(number, a, b, c) != split:
             continue
+        story, key = STORIES[number], _key(number, a, b, c)
         one, two = rng.sample(NAMES[language], 2)
         text = _words(language, (one, two), rng.choice(THINGS[language]), number, a, b, c)
         working, result = story.solve(a, b, c)
-        yield Problem(text, f"{working}. The answer is {result}.", str(result), key, sums)
+        yield Problem(text, f"{working}. The answer is {result}.", str(result), key, story.sums(a, b, c))
 
 
 def _numbers(rng: random.Random) -> tuple[int, int, int, int]:
@@ -225,7 +237,7 @@ def translations(split: str, seed: int) -> Iterator[tuple[str, str]]:
     rng = random.Random(f"translations {split} {seed}")
     while True:
         pair = rng.choices((_sentence, _conclusion, _statement), (2, 1, 4))[0](rng)
-        if split_of(pair.key) == split:
+        if pair.split == split:
             yield pair.fr, pair.en
 
 
@@ -235,7 +247,7 @@ class _Pair:
 
     en: str
     fr: str
-    key: tuple[object, ...]
+    split: str | None
 
 
 def _sentence(rng: random.Random) -> _Pair:
@@ -244,13 +256,13 @@ def _sentence(rng: random.Random) -> _Pair:
     return _Pair(
         f"{name} has {number} {THINGS['en'][thing]} {PLACES['en'][place]}.",
         f"{name} a {number} {THINGS['fr'][thing]} {PLACES['fr'][place]}.",
-        (one, thing, place, number),
+        split_of((one, thing, place, number)),
     )
 
 
 def _conclusion(rng: random.Random) -> _Pair:
     number = rng.randint(1, 100)
-    return _Pair(f"The answer is {number}.", f"La réponse est {number}.", ("conclusion", number))
+    return _Pair(f"The answer is {number}.", f"La réponse est {number}.", split_of(("conclusion", number)))
 
 
 def _statement(rng: random.Random) -> _Pair:
@@ -260,7 +272,7 @@ def _statement(rng: random.Random) -> _Pair:
     en, fr = (
         _words(language, (one, two), THINGS[language][thing], number, a, b, c) for language in ("en", "fr")
     )
-    return _Pair(en, fr, _key(number, a, b, c))
+    return _Pair(en, fr, _story_split(number, a, b, c))
 
 
 def ordering(split: str, seed: int) -> Iterator[Problem]:
