@@ -157,12 +157,16 @@ def _best_of_grid(bench: Bench) -> dict[str, Any]:
     return _reference(bench, GRID_BEST, recipes[best], point=best, grid=seen, items=len(block.items))
 
 
-def _run(job: tuple[Any, ...]) -> dict[str, Any]:
-    return search(*job) if len(job) > 1 else reference(*job)
+def _run(job: tuple[Any, ...]) -> dict[str, Any] | str:
+    """Return a line, or why there is none: one job that fails does not end the others."""
+    try:
+        return search(*job) if len(job) > 1 else reference(*job)
+    except Exception as error:
+        return f"{' '.join(map(str, job))} failed: {type(error).__name__}: {error}"
 
 
-def main() -> None:
-    """Run what is missing, then write the report."""
+def main() -> int:
+    """Run what is missing, then write the report if nothing is missing any more; return 1 if something failed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -177,6 +181,7 @@ def main() -> None:
 
     def keep(line: dict[str, Any]) -> None:
         lines.append(line)
+        found.add((line["name"], line.get("seed")))
         with RESULTS.open("a") as out:
             out.write(json.dumps(line, ensure_ascii=False) + "\n")
         french = [int(digit) for digit in line["test"][TARGET]]
@@ -184,23 +189,33 @@ def main() -> None:
             f"{line['name']} {line.get('seed', '')}: French maths {sum(french) / len(french):.3f}", flush=True
         )
 
-    jobs: list[tuple[Any, ...]] = [(name,) for name in (GRID_BEST, *DEFAULTS) if (name, None) not in found]
-    jobs += [
-        (arm.name, seed)
-        for seed in range(options.seeds)
-        for arm in ARMS
-        if (arm.name, seed) not in found and (options.only is None or arm.name in options.only)
-    ]
+    references: list[tuple[Any, ...]] = [(name,) for name in (GRID_BEST, *DEFAULTS)]
+    searches = [(arm.name, seed) for seed in range(options.seeds) for arm in ARMS]
+    jobs = [job for job in references if (*job, None) not in found]
+    jobs += [job for job in searches if job not in found and (not options.only or job[0] in options.only)]
+    failed = False
     with get_context("spawn").Pool(options.jobs, maxtasksperchild=1) as pool:
         for line in pool.imap_unordered(_run, jobs):
-            keep(line)
+            if isinstance(line, str):
+                failed = True
+                print(line, file=sys.stderr, flush=True)
+            else:
+                keep(line)
     if (folder_of(MAIN, 0) / "results.json").exists():
         for line in parents():
             if (line["name"], None) not in found:
                 keep(line)
 
-    write_report(lines)
+    wanted = [(name, None) for name in (*PARENTS, *(name for (name,) in references))] + searches
+    missing = [
+        f"{name} {seed}" if seed is not None else name for name, seed in wanted if (name, seed) not in found
+    ]
+    if missing:
+        print(f"no report yet: {', '.join(missing)} missing")
+    else:
+        write_report(lines)
+    return int(failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

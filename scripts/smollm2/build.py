@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -22,6 +25,26 @@ from tasks import write_tasks
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BASE = "SmolLM2-135M-Instruct"
+
+
+class Busy(RuntimeError):
+    """Somebody else is building in a folder."""
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other builds out of a folder; the system lets go of it however this process ends.
+
+    Raises:
+        Busy: another build is there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Busy(f"{folder}: another build is at work here; wait until it ends, or stop it") from error
+        yield
 
 
 def build_experts(base: Path, folder: Path, settings: Settings, *, jobs: int, force: bool) -> None:
@@ -71,17 +94,21 @@ def main() -> int:
     out = options.out.resolve()
     settings = Settings(steps=options.steps)
     try:
-        base = build_base(out / BASE, force=options.force)
-        if not options.base_only:
-            write_tasks(out / "tasks", settings.seed)
-            print(f"{out / 'tasks'}: written")
-            build_experts(base, out / "experts", settings, jobs=options.jobs, force=options.force)
+        with alone_in(out):
+            base = build_base(out / BASE, force=options.force)
+            if not options.base_only:
+                write_tasks(out / "tasks", settings.seed)
+                print(f"{out / 'tasks'}: written")
+                build_experts(base, out / "experts", settings, jobs=options.jobs, force=options.force)
     except PackageNotFoundError as error:
         print(
             f"build_smollm2: {sys.executable} lacks the package {error.name}; run scripts/build_smollm2, "
             "which installs it",
             file=sys.stderr,
         )
+        return 2
+    except Busy as error:
+        print(f"build_smollm2: {error}", file=sys.stderr)
         return 2
     except ChildProcessError as error:
         print(f"build_smollm2: {error}", file=sys.stderr)

