@@ -270,4 +270,4 @@ def _share(results: Mapping[str, Any]) -> str:
     """Return how many candidates have no fitness, and why."""
     failed = f"{results['failed_candidates']} failed"
     screened = results["screened_candidates"]
-    return f"{failed}, {screened} screened out" if screened else failed
+    return f"{failed}, {screened} stopped before their last item" if screened else failed

@@ -4,19 +4,20 @@
     scripts/build_smollm2
     .venv/bin/python experiments/crosslingual_maths/run.py
 
-Every search and the grid propose as many merges and score them on as many items; searches run once a seed; all models
-are scored on the same test items, of which no search knew. One line a model goes to results.jsonl; README.md's table
-and, if matplotlib is there, french_maths.png come from that file (`report.py`). What is in it is not repeated, and a
-search that was interrupted goes on where it stopped.
+Every search and the grid propose as many merges and score them on as many items (plain CMA-ES: fewer merges on all
+items); searches run once a seed; all models are scored on the same test items, of which no search knew. One line a
+model goes to results.jsonl; README.md's table and, if matplotlib is there, french_maths.png come from that file
+(`report.py`) when it is complete. What is in it is not repeated, and an interrupted search goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,12 @@ from report import GRID_BEST, MAIN, PARENTS, RESULTS, TARGET, write_report
 
 import evomerge
 from evomerge.config import Config, parse_config
+from evomerge.errors import UserError
 from evomerge.evaluation.statistics import Table
 from evomerge.recipe import Recipe
 from evomerge.schema import read_yaml
 from evomerge.searching.ranking import fitness_of, values_of
-from evomerge.searching.setup import set_up
+from evomerge.searching.setup import Setup, set_up
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -46,10 +48,10 @@ CONFIG = REPOSITORY / "configs" / "smollm2_crosslingual.yaml"
 RUNS = REPOSITORY / "runs" / "crosslingual_maths"
 
 CANDIDATES = 45
-"""Of every search: five generations of nine."""
+"""Of a search that scores them on blocks: five generations of nine."""
 
-FINALISTS = 4
-"""Grid points that meet the validation items."""
+FINALISTS = 5
+"""Grid points that meet the validation items, with the parents: as many as a search has of its own."""
 
 
 def config_of(arm: str, seed: int) -> Config:
@@ -85,8 +87,10 @@ def search(arm: str, seed: int) -> dict[str, Any]:
 def _without_places(recipe: dict[str, Any]) -> dict[str, Any]:
     """Return a recipe whose models' folders are relative to the repository."""
 
+    place = (REPOSITORY / "smollm2").resolve().parent
+
     def shortened(source: dict[str, str]) -> dict[str, str]:
-        return {key: value.removeprefix(f"{REPOSITORY}/") for key, value in source.items()}
+        return {key: value.removeprefix(f"{place}/") for key, value in source.items()}
 
     return {**recipe, "models": {name: shortened(source) for name, source in recipe["models"].items()}}
 
@@ -110,10 +114,16 @@ def _by_item(table: Table) -> dict[str, Any]:
     return packed({task: dict(sorted(scores.items())) for task, scores in table.items()})
 
 
-def parents() -> Iterator[dict[str, Any]]:
+def subject(setup: Setup) -> str:
+    """Return what results are of: a hash of the models and of all items."""
+    models = {name: source.sha256 for name, source in setup.sources.items()}
+    text = json.dumps([models, sorted(item.id for item in setup.items)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def parents(recipes: Mapping[str, Recipe]) -> Iterator[dict[str, Any]]:
     """Yield the lines of base, experts, uniform and initial, which the first search has scored."""
     run = evomerge.Run(folder_of(MAIN, 0))
-    recipes = set_up(config_of(MAIN, 0), file=CONFIG).baselines
     known = {**run.results["baselines"], **run.results["baselines"]["experts"]}
     for name in PARENTS:
         yield {
@@ -150,8 +160,9 @@ def _best_of_grid(bench: Bench) -> dict[str, Any]:
         name: fitness_of(bench.scores(recipe, [block]), bench.weights) for name, recipe in recipes.items()
     }
     finalists = sorted(seen, key=lambda name: -seen[name])[:FINALISTS]
+    recipes = {**{name: recipes[name] for name in finalists}, **bench.setup.baselines}
     validated = {
-        name: fitness_of(bench.scores(recipes[name], validation), bench.weights) for name in finalists
+        name: fitness_of(bench.scores(recipe, validation), bench.weights) for name, recipe in recipes.items()
     }
     best = max(validated, key=lambda name: validated[name])
     return _reference(bench, GRID_BEST, recipes[best], point=best, grid=seen, items=len(block.items))
@@ -172,21 +183,33 @@ def main() -> int:
     )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2, help="processes of one thread each")
-    parser.add_argument("--only", nargs="*", help="arms to run (default: all)")
+    parser.add_argument(
+        "--only", nargs="*", choices=[arm.name for arm in ARMS], help="searches to run (default: all)"
+    )
     options = parser.parse_args()
+    if options.seeds < 1 or options.jobs < 1:
+        parser.error("--seeds and --jobs are at least 1")
+    try:
+        setup = set_up(config_of(MAIN, 0), file=CONFIG)
+    except UserError as error:
+        print(f"run.py: {error}", file=sys.stderr)
+        return 2
+    of = subject(setup)
     lines = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    if any(line["of"] != of for line in lines):
+        print(f"run.py: {RESULTS}: is of other models or tasks; remove it, and {RUNS}", file=sys.stderr)
+        return 2
     RUNS.mkdir(parents=True, exist_ok=True)
-
     found = {(line["name"], line.get("seed")) for line in lines}
 
     def keep(line: dict[str, Any]) -> None:
-        lines.append(line)
+        solved = [int(digit) for digit in line["test"][TARGET]]
+        lines.append({**line, "of": of})
         found.add((line["name"], line.get("seed")))
         with RESULTS.open("a") as out:
-            out.write(json.dumps(line, ensure_ascii=False) + "\n")
-        french = [int(digit) for digit in line["test"][TARGET]]
+            out.write(json.dumps(lines[-1], ensure_ascii=False) + "\n")
         print(
-            f"{line['name']} {line.get('seed', '')}: French maths {sum(french) / len(french):.3f}", flush=True
+            f"{line['name']} {line.get('seed', '')}: French maths {sum(solved) / len(solved):.3f}", flush=True
         )
 
     references: list[tuple[Any, ...]] = [(name,) for name in (GRID_BEST, *DEFAULTS)]
@@ -201,10 +224,9 @@ def main() -> int:
                 print(line, file=sys.stderr, flush=True)
             else:
                 keep(line)
-    if (folder_of(MAIN, 0) / "results.json").exists():
-        for line in parents():
-            if (line["name"], None) not in found:
-                keep(line)
+    if (MAIN, 0) in found and any((name, None) not in found for name in PARENTS):
+        for line in parents(setup.baselines):
+            keep(line)
 
     wanted = [(name, None) for name in (*PARENTS, *(name for (name,) in references))] + searches
     missing = [

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What scoring a candidate costs: ours, lm-eval in memory, and the forward passes alone.
 
-    .venv/bin/python experiments/evaluation_cost/run.py --model smollm2/base --data FOLDER     # real items
+    .venv/bin/python experiments/evaluation_cost/run.py --model smollm2/SmolLM2-135M-Instruct --data FOLDER  # real
     .venv/bin/python experiments/evaluation_cost/run.py --model zoo/base --tasks-of zoo/tasks  # the zoo's
 
 A candidate is a linear merge of the model and two copies with a little noise; its coefficients change each time, so

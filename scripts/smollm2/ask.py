@@ -18,7 +18,7 @@ from problems import prompt
 def main() -> int:
     """Print the answer's first line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="scripts/ask", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", help="a Hugging Face model folder")
     parser.add_argument("question")

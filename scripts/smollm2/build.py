@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -32,8 +33,8 @@ class Busy(RuntimeError):
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Keep other builds out of a folder; the system lets go of it however this process ends.
+def alone_in(folder: Path) -> Iterator[int]:
+    """Keep other builds out of a folder until this process and all that hold the yielded descriptor have ended.
 
     Raises:
         Busy: another build is there.
@@ -44,11 +45,13 @@ def alone_in(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise Busy(f"{folder}: another build is at work here; wait until it ends, or stop it") from error
-        yield
+        yield lock.fileno()
 
 
-def build_experts(base: Path, folder: Path, settings: Settings, *, jobs: int, force: bool) -> None:
+def build_experts(base: Path, folder: Path, settings: Settings, *, jobs: int, force: bool, lock: int) -> None:
     """Train the experts that are not there yet, `jobs` at a time, and print their hashes.
+
+    Trainings hold the `lock` too: should this process be killed, they keep other builds out while they go on.
 
     Raises:
         ChildProcessError: a training failed; its output was shown.
@@ -65,14 +68,15 @@ def build_experts(base: Path, folder: Path, settings: Settings, *, jobs: int, fo
             while waiting and len(running) < jobs:
                 name = waiting.pop(0)
                 command = [sys.executable, script, name, base, folder / name, json.dumps(asdict(settings))]
-                running[name] = subprocess.Popen(command)
-            name = next(iter(running))
-            if running[name].wait():
-                raise ChildProcessError(f"training the expert '{name}' failed")
-            del running[name]
+                running[name] = subprocess.Popen(command, pass_fds=[lock])
+            for name in [name for name, process in running.items() if process.poll() is not None]:
+                if running.pop(name).returncode:
+                    raise ChildProcessError(f"training the expert '{name}' failed")
+            time.sleep(0.1)
     finally:
         for process in running.values():
             process.kill()
+            process.wait()
     for name in EXPERTS:
         print(f"{folder / name}: sha256 {sha256(folder / name / 'adapter_model.safetensors')[:16]}")
 
@@ -94,12 +98,14 @@ def main() -> int:
     out = options.out.resolve()
     settings = Settings(steps=options.steps)
     try:
-        with alone_in(out):
+        with alone_in(out) as lock:
             base = build_base(out / BASE, force=options.force)
             if not options.base_only:
                 write_tasks(out / "tasks", settings.seed)
                 print(f"{out / 'tasks'}: written")
-                build_experts(base, out / "experts", settings, jobs=options.jobs, force=options.force)
+                build_experts(
+                    base, out / "experts", settings, jobs=options.jobs, force=options.force, lock=lock
+                )
     except PackageNotFoundError as error:
         print(
             f"build_smollm2: {sys.executable} lacks the package {error.name}; run scripts/build_smollm2, "

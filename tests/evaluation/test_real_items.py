@@ -1,6 +1,6 @@
 """Parity with `lm_eval.simple_evaluate` on real items, where EVOMERGE_EVALDATA names a folder that has them.
 
-The model is the one that EVOMERGE_MODEL names (say smollm2/base), else the tiny one.
+The model is the one that EVOMERGE_MODEL names (say smollm2/SmolLM2-135M-Instruct), else the tiny one.
 """
 
 from __future__ import annotations

