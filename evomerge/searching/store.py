@@ -370,7 +370,7 @@ class Store:
         return int(self._db.execute("SELECT COUNT(*) FROM test_openings").fetchone()[0])
 
     def counts(self) -> Mapping[str, int]:
-        """Return how many candidates were told, failed and screened out, and how many items were scored and cached.
+        """Return how many candidates were told, failed, and stopped early; how many items were scored, and cached.
 
         An item that an earlier run had scored counts like any other, so that the number does not depend on what
         the cache held.

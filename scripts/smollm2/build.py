@@ -36,6 +36,8 @@ class Busy(RuntimeError):
 def alone_in(folder: Path) -> Iterator[int]:
     """Keep other builds out of a folder until this process and all that hold the yielded descriptor have ended.
 
+    The lock is on a file, not on the folder: network file systems lock only what can be written.
+
     Raises:
         Busy: another build is there.
     """
