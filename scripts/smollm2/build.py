@@ -62,7 +62,7 @@ def build_experts(base: Path, folder: Path, settings: Settings, *, jobs: int, fo
     if force:
         forget_progress(folder)
     if waiting:
-        print(f"training {', '.join(waiting)} (about 11 minutes on two idle cores)", flush=True)
+        print(f"training {', '.join(waiting)} (about 10 minutes on two idle cores)", flush=True)
     running: dict[str, subprocess.Popen[bytes]] = {}
     script = Path(__file__).with_name("experts.py")
     try:
