@@ -199,7 +199,7 @@ def one_line(status: Status) -> str:
         value = getattr(status, name)
         if value is not None:
             parts.append(f"{name} {value:.3f}")
-    parts.append(f"{status.item_evaluations:,} item evaluations")
+    parts.append(evaluations(status.item_evaluations, status.cached_item_evaluations))
     if status.saved_layer_evaluations:
         parts.append(prefix_sharing(status.layer_evaluations, status.saved_layer_evaluations))
     if status.rate > 0:
@@ -207,6 +207,12 @@ def one_line(status: Status) -> str:
     if status.eta_seconds is not None:
         parts.append(f"ETA {duration(status.eta_seconds)}")
     return ", ".join(parts)
+
+
+def evaluations(count: int, cached: int) -> str:
+    """Return how many items were evaluated, in words, and how many of these scores an earlier run had left."""
+    known = f" ({cached:,} known from earlier runs)" if cached else ""
+    return f"{count:,} item evaluations{known}"
 
 
 def prefix_sharing(computed: int, saved: int) -> str:
@@ -258,7 +264,7 @@ def _panel(status: Status) -> RenderableType:
     )
     pace = Table.grid(padding=(0, 3))
     pace.add_row(
-        f"{status.item_evaluations:,} item evaluations",
+        evaluations(status.item_evaluations, status.cached_item_evaluations),
         per_second(status.rate),
         f"ETA {duration(status.eta_seconds)}" if status.eta_seconds is not None else "ETA –",
         f"{status.workers} worker{'s' if status.workers != 1 else ''}",

@@ -15,7 +15,7 @@ from evomerge.evaluation.items import Block, ItemScore, truncated_share
 from evomerge.evaluation.statistics import Score, compare_all, minimum_detectable_effect, score
 from evomerge.layers_config import MERGED
 from evomerge.recipe import Recipe
-from evomerge.searching.progress import prefix_sharing
+from evomerge.searching.progress import evaluations, prefix_sharing
 from evomerge.searching.ranking import fitness_of, values_of
 from evomerge.searching.rundir import RESULTS, write_json
 from evomerge.searching.scheduler import Scheduler
@@ -250,7 +250,8 @@ def summary(results: Mapping[str, Any]) -> str:
     lines += [
         "",
         f"{results['candidates']} candidates ({_share(results)}), "
-        f"{results['item_evaluations']:,} item evaluations, {results['wall_seconds']:.0f} s. "
+        f"{evaluations(results['item_evaluations'], results['cached_item_evaluations'])}, "
+        f"{results['wall_seconds']:.0f} s. "
         + (
             f"The best search score seen lies {abs(seen):.3f} {'above' if seen >= 0 else 'below'} the winner's "
             "test score."

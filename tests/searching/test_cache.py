@@ -16,6 +16,7 @@ from evomerge.config import load_config
 from evomerge.evaluation.score_cache import ScoreCache
 from evomerge.evaluation.suite import Suite
 from evomerge.scoring import evaluate
+from evomerge.searching.results import summary
 from evomerge.searching.run import Run, search
 from evomerge.searching.rundir import open_run
 from evomerge.searching.scheduler import Recorded, Scheduler
@@ -148,6 +149,10 @@ def test_searches_share_what_they_score(
         0,
         warm.results["item_evaluations"],
     ]
+    said = [summary(result) for result in results]
+    count = f"{warm.results['item_evaluations']:,}"
+    assert f"{count} item evaluations, " in said[1]
+    assert f"{count} item evaluations ({count} known from earlier runs), " in said[2]
     for result in results:
         for volatile in (
             *("wall_seconds", "merge_seconds", "score_seconds", "cached_item_evaluations"),
