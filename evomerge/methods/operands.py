@@ -180,8 +180,12 @@ class Chunk:
     def base(self) -> Tensor:
         """Return the base's elements."""
         if self._base is None:
-            assert self._operands.base is not None, "the method is declared to need a base"
-            self._base = self._read(self._operands.base, "base")
+            base = self._operands.base
+            assert base is not None, "the method is declared to need a base"
+            part = self._read(base, "base")
+            # A stream's slice ends with its next one, and a kernel may read on, through a fork, before it is done.
+            lasting = part.dtype != base.dtype or type(base) is Tensor
+            self._base = part if lasting else self.row("base").copy_(part)
         return self._base
 
     def input(self, k: int) -> Tensor:

@@ -28,6 +28,7 @@ def merge(
     dialect: str = "paper",
     statistics: Sequence[Any] | None = None,
     transposed: bool = False,
+    shape: Sequence[int] | None = None,
     **values: Any,
 ) -> torch.Tensor:
     """Run `merge_chunks` and put its chunks together; parameter `lambda` is spelt ``lambda_``."""
@@ -45,6 +46,7 @@ def merge(
         dialect=dialect,
         statistics=statistics,
         transposed=transposed,
+        shape=shape,
     ):
         assert start == expected
         assert part.dim() == 1
@@ -53,7 +55,7 @@ def merge(
         expected += part.numel()
     assert expected == inputs[0].numel()
     merged = torch.cat(parts) if parts else torch.empty(0)
-    return merged.reshape(inputs[0].shape)
+    return merged.reshape(inputs[0].shape if shape is None else torch.Size(shape))
 
 
 def checkpoints(

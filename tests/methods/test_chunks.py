@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from evomerge.methods import MaskKey, TensorCache, get_method, merge_chunks
+from evomerge.methods.native import loader
 from tests.methods import oracle
-from tests.methods.cases import Case, every_case
+from tests.methods.cases import Case, every_case, statistics
 from tests.methods.oracle import merge
 
 KEY = MaskKey(seed=0, experts=("a", "b"), tensor="t")
@@ -39,6 +40,51 @@ def test_the_bits_of_a_matrix_do_not_depend_on_chunks(case: Case) -> None:
     whole = case.merge(base, inputs)
     for chunk in (131, 1000, 5001):
         assert torch.equal(case.merge(base, inputs, chunk=chunk), whole)
+
+
+class Volatile:
+    """A flat tensor that is read slice by slice; a slice holds NaN from the next read on."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._flat = tensor.reshape(-1)
+        self._last = torch.empty(0)
+        self.dtype, self.shape = tensor.dtype, self._flat.shape
+
+    def numel(self) -> int:
+        return self._flat.numel()
+
+    def detach(self) -> Volatile:
+        return self
+
+    def reshape(self, size: int) -> Volatile:
+        assert size == -1
+        return self
+
+    def __getitem__(self, part: slice) -> torch.Tensor:
+        self._last.fill_(math.nan)
+        self._last = self._flat[part].clone()
+        return self._last
+
+
+@every_case
+@pytest.mark.parametrize("kernels", ["native", "torch"])
+def test_slices_that_end_with_the_next_read_give_the_same_bits(
+    case: Case, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EVOMERGE_NATIVE", "0" if kernels == "torch" else "1")
+    loader.library.cache_clear()
+    base, inputs = case.operands([600, 257])
+    options: dict[str, Any] = {}
+    if needs := get_method(case.method).needs:
+        options["statistics"] = statistics(needs, inputs)
+    streams: list[Any] = [Volatile(tensor) for tensor in (base, *inputs)]
+    try:
+        whole = case.merge(base, inputs, **options)
+        assert torch.equal(case.merge(streams[0], streams[1:], shape=base.shape, **options), whole)
+    finally:
+        loader.library.cache_clear()
 
 
 @every_case
