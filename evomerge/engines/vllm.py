@@ -110,8 +110,7 @@ class VLLMEngine:
         self._device = device
         self._dtype = dtype
         self._encoder = Encoder(tokenizer)
-        self._penalty = inputs.repetition_penalty(generation_config, "vllm")
-        self._ends = inputs.ends(generation_config, tokenizer)
+        self.set_generation(generation_config)
         self._options = {
             **vllm_options.defaults(device, batch_tokens),
             "kv_cache_memory_bytes": vllm_options.cache_bytes(device, options),
@@ -131,6 +130,11 @@ class VLLMEngine:
             disable_log_stats=True,
             **self._options,
         )
+
+    def set_generation(self, generation_config: Any) -> None:
+        """Take a model's generation defaults, for the weights to come: penalty and EOS tokens."""
+        self._penalty = inputs.repetition_penalty(generation_config, "vllm")
+        self._ends = inputs.ends(generation_config, self.tokenizer)
 
     @property
     def packing(self) -> str:

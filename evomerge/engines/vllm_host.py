@@ -76,6 +76,7 @@ class VLLMHost:
             engine, found = self._start(plan)
         else:
             engine = self._engine
+            engine.set_generation(self._generation(plan))
             found = self._swap(engine, plan)
         known = self._sentinels.setdefault(recipe.hash, found)
         if not known.agrees(found, engine.tolerance):

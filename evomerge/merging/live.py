@@ -252,10 +252,11 @@ class Materializer:
 
     def _live(self, plan: MergePlan) -> tuple[nn.Module, LiveSink]:
         shape = (plan.config, plan.dtype)
+        generation = plan.generation or self._checkpoints[plan.donor].path
         if self._model is not None and self._sink is not None and shape == self._shape:
+            set_generation(self._model, generation)
             return self._model, self._sink
         self._model, self._sink, self._shape, self._held = None, None, None, {}
-        generation = plan.generation or self._checkpoints[plan.donor].path
         model = live_model(plan.config, plan.dtype, self._device, generation=generation)
         sink = LiveSink(bind(model, plan))
         self._model, self._sink, self._shape = model, sink, shape

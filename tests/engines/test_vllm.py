@@ -262,6 +262,11 @@ def test_stop_strings_and_penalties_are_those_of_the_hugging_face_engine(
         expected = hf.generate(requests)
         assert engine.generate(requests) == expected
         assert len({answer.truncated for answer in expected}) == 2
+        hf.model.generation_config = other = GenerationConfig(repetition_penalty=1.1, eos_token_id=1)
+        engine.set_generation(other)
+        renewed = hf.generate(requests)
+        assert renewed != expected
+        assert engine.generate(requests) == renewed
     finally:
         engine.close()
 

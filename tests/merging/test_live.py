@@ -147,6 +147,20 @@ def test_paths_of_all_lengths_are_one_module(family):
     assert materializer.model is model
 
 
+def test_each_recipe_has_the_generation_defaults_of_its_own_donor(family, tmp_path):
+    folders = {name: shutil.copytree(family[name], tmp_path / name) for name in ("a", "b")}
+    for folder, penalty in ((folders["a"], 1.3), (folders["b"], 1.7)):
+        (folder / "generation_config.json").write_text(json.dumps({"repetition_penalty": penalty}))
+    copies = {
+        name: make_recipe(folders, merge={"method": "passthrough", "inputs": [name]}) for name in folders
+    }
+    materializer = Materializer(open_parents(copies["a"]))
+    model = materializer.materialize(copies["a"])
+    assert model.generation_config.repetition_penalty == 1.3
+    assert materializer.materialize(copies["b"]) is model
+    assert model.generation_config.repetition_penalty == 1.7
+
+
 def test_an_output_of_another_form_gets_a_new_model(family):
     recipe = make_recipe(family, merge=merge_of("slerp"))
     materializer = Materializer(open_parents(recipe))
