@@ -21,31 +21,37 @@ def cut_blocks(
     """Deal the items of a split to blocks, at random and stratified by task.
 
     Args:
-        items: task name → item ids; the order of the ids does not matter.
+        items: task name → item ids, one or more; the order of the ids does not matter.
         split: where the items come from.
         seed: the run's seed.
         block_items: the most items a block may hold.
         packing: the engine's packing.
 
     Returns:
-        As few blocks as `block_items` allows. Every item is in exactly one of them; the sizes of two
-        blocks, and of their parts of any one task, differ by at most one item. How a task's items are cut into
+        As few blocks as `block_items` allows, and no more than the smallest task has items, so that each holds some
+        of every task. Every item is in exactly one of them; the sizes of two blocks, and of their parts of any
+        one task, differ by at most one item. How a task's items are cut into
         parts depends on the seed, the task and the number of blocks, not on the other tasks: those only decide
         which of its parts come together with which of theirs.
     """
     if block_items < 1:
         raise ValueError(f"a block holds at least one item, not {block_items}")
-    count = math.ceil(sum(len(ids) for ids in items.values()) / block_items)
+    count = count_blocks([len(ids) for ids in items.values()], block_items)
     hands: list[list[Part]] = [[] for _ in range(count)]
     dealt = 0
     for task, ids in items.items():
         ordered = sorted(ids)
         shuffled = [ordered[i] for i in generator(seed, "blocks", split, task).permutation(len(ordered))]
-        for number in range(min(count, len(ids))):
+        for number in range(count):
             part = Part(task, tuple(sorted(shuffled[number::count])), packing)
             hands[(dealt + number) % count].append(part)
         dealt += len(ids)
     return tuple(Block(split, index, tuple(hand)) for index, hand in enumerate(hands))
+
+
+def count_blocks(sizes: Sequence[int], block_items: int) -> int:
+    """Return the number of blocks of tasks of these sizes, in items; see `cut_blocks`."""
+    return min(math.ceil(sum(sizes) / block_items), min(sizes))
 
 
 def fixed_blocks(items: Mapping[str, Sequence[str]], split: Split, *, packing: str) -> tuple[Block, ...]:

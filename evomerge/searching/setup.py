@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from evomerge.errors import UserError, at, in_file
 from evomerge.evaluation.items import Block, Item, Split
 from evomerge.evaluation.requests import Rolling
 from evomerge.recipe import Recipe, Source
-from evomerge.searching.draws import block_sizes
+from evomerge.searching.draws import block_sizes, wanted_items
 from evomerge.searching.screening import places
 from evomerge.workers.worker import WorkerSpec
 
@@ -424,9 +425,9 @@ def set_up(
         config = with_texts(config, suite)
         space = space_for(config, num_layers=base.num_layers, sources=sources, file=file)
         initial = space.decode(space.initial)
+    sizes = Counter(item.task for item in suite.items("search"))
     per_block, per_generation = block_sizes(
-        search_items=len(suite.items("search")),
-        tasks=len(suite.tasks),
+        list(sizes.values()),
         block_items=config.suite.block_items,
         items_per_candidate=config.suite.items_per_candidate,
     )
@@ -441,6 +442,7 @@ def set_up(
     if config.suite.screen is not None:
         blocks["screen"] = suite.screen_blocks(blocks["search"])
     per_generation = min(per_generation, len(blocks["search"]))
+    warnings += _large_blocks(sizes, len(blocks["search"]), config)
     baselines = {**baseline_recipes(config, sources), "initial": initial}
     return Setup(
         config=config,
@@ -453,6 +455,25 @@ def set_up(
         blocks_per_generation=per_generation,
         baselines=baselines,
         warnings=warnings,
+    )
+
+
+def _large_blocks(sizes: Mapping[str, int], blocks: int, config: Config) -> tuple[str, ...]:
+    """Warn where candidates answer far more items than they are to, since one task has so few.
+
+    Args:
+        sizes: search items of each task.
+        blocks: that they are cut into.
+        config: of the search.
+    """
+    smallest = min(sizes, key=lambda task: sizes[task])
+    answered = round(sum(sizes.values()) / blocks)
+    wanted = wanted_items(len(sizes), config.suite.items_per_candidate)
+    if blocks < sizes[smallest] or answered <= 1.5 * wanted:
+        return ()
+    return (
+        f"each candidate answers {answered} items instead of {wanted}: every block holds some of every task, and "
+        f"'{smallest}' has {sizes[smallest]} search items; give it more, or leave it out",
     )
 
 

@@ -61,50 +61,47 @@ def test_a_draw_that_cannot_be_is_refused(count: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("items", "tasks", "block_items", "per_candidate", "expected"),
+    ("sizes", "block_items", "per_candidate", "expected"),
     [
-        (10_000, 2, "auto", "auto", (32, 3)),
-        (10_000, 20, "auto", "auto", (80, 3)),
-        (96, 1, "auto", "auto", (32, 3)),
-        (64, 1, "auto", "auto", (32, 2)),
-        (10, 1, "auto", "auto", (10, 1)),
-        (1, 1, "auto", "auto", (1, 1)),
-        (1, 5, 8, 16, (1, 1)),
-        (10_000, 1, "auto", 16, (16, 1)),
-        (10_000, 1, "auto", 256, (32, 8)),
-        (10_000, 1, 64, "auto", (64, 2)),
-        (48, 2, 8, 16, (8, 2)),
-        (48, 2, 8, 1000, (8, 6)),
-        (48, 2, 100, 1000, (48, 1)),
-        (10_000, 1, 64, 16, (64, 1)),
-        (100, 1, 96, 96, (96, 2)),
+        ([5_000] * 2, "auto", "auto", (32, 3)),
+        ([500] * 20, "auto", "auto", (80, 3)),
+        ([96], "auto", "auto", (32, 3)),
+        ([64], "auto", "auto", (32, 2)),
+        ([10], "auto", "auto", (10, 1)),
+        ([1], "auto", "auto", (1, 1)),
+        ([1], 8, 16, (1, 1)),
+        ([10_000], "auto", 16, (16, 1)),
+        ([10_000], "auto", 256, (32, 8)),
+        ([10_000], 64, "auto", (64, 2)),
+        ([24] * 2, 8, 16, (8, 2)),
+        ([24] * 2, 8, 1000, (8, 6)),
+        ([24] * 2, 100, 1000, (48, 1)),
+        ([10_000], 64, 16, (64, 1)),
+        ([100], 96, 96, (96, 2)),
+        # As many blocks as the smallest task has items: 12 of 51, 4 of 501.
+        ([12, 600], "auto", "auto", (32, 2)),
+        ([4, 2_000], "auto", "auto", (32, 1)),
+        ([20, 20, 20], 1, 6, (1, 2)),
     ],
 )
 def test_sizes_of_blocks_and_draws(
-    items: int, tasks: int, block_items: int | str, per_candidate: int | str, expected: tuple[int, int]
+    sizes: list[int], block_items: int | str, per_candidate: int | str, expected: tuple[int, int]
 ) -> None:
-    assert (
-        block_sizes(
-            search_items=items, tasks=tasks, block_items=block_items, items_per_candidate=per_candidate
-        )
-        == expected
-    )
+    assert block_sizes(sizes, block_items=block_items, items_per_candidate=per_candidate) == expected
 
 
 @given(
-    st.integers(1, 5000),
-    st.integers(1, 40),
+    st.lists(st.integers(1, 2000), min_size=1, max_size=12),
     st.one_of(st.just("auto"), st.integers(1, 500)),
     st.one_of(st.just("auto"), st.integers(1, 5000)),
 )
 def test_sizes_always_fit_what_there_is(
-    items: int, tasks: int, block_items: int | str, per_candidate: int | str
+    sizes: list[int], block_items: int | str, per_candidate: int | str
 ) -> None:
-    size, count = block_sizes(
-        search_items=items, tasks=tasks, block_items=block_items, items_per_candidate=per_candidate
-    )
+    size, count = block_sizes(sizes, block_items=block_items, items_per_candidate=per_candidate)
+    items = sum(sizes)
     assert 1 <= size <= items
-    blocks = -(-items // size)
+    blocks = min(-(-items // size), min(sizes))
     assert 1 <= count <= blocks
     if per_candidate != "auto":
         # As near as whole blocks of equal size come to what was asked for.

@@ -16,7 +16,7 @@ from evomerge.searching.progress import LineDisplay, Silent, Status
 from tests.merging.helpers import digests, read
 from tests.models import make_model
 from tests.searching.records import canonical
-from tests.tasks import make_config
+from tests.tasks import make_config, make_tasks
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +62,36 @@ def test_fitness_is_the_weighted_mean_of_recorded_items(finished: tuple[Path, ev
         mine = scores[(scores.recipe == row.recipe) & scores.block.isin(blocks)]
         means = mine.groupby("task").value.mean()
         assert row.fitness == pytest.approx((means.tiny_a + 2 * means.tiny_b) / 3)
+
+
+def test_a_small_task_beside_a_large_one_is_in_every_generation(
+    family: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few, many = (
+        make_tasks(tmp_path / "few", counts={"search": 3, "validation": 4, "test": 4}),
+        tmp_path / "many",
+    )
+    make_tasks(many, counts={"search": 60, "validation": 4, "test": 4}, seed=1)
+    for path in few.glob("tiny_b*"):
+        path.unlink()
+    for path in many.glob("tiny_a*"):
+        path.unlink()
+    suite = {
+        "include": [str(few), str(many)],
+        "tasks": [{"task": "tiny_a", "metric": "acc"}, {"task": "tiny_b", "metric": "acc"}],
+        "items_per_candidate": 8,
+    }
+    config = make_config(tmp_path, family, few, suite=suite)
+    run = evomerge.search(config, run=tmp_path / "run")
+    assert len(run.candidates()) == 12
+    assert run.candidates().fitness.notna().all()
+    per_recipe = run.scores().groupby("recipe").task.nunique()
+    assert (per_recipe == 2).all()
+    capsys.readouterr()
+    assert main(["plan", str(config)]) == 0
+    shown = capsys.readouterr().out
+    assert "each candidate answers 21 items instead of 8" in shown
+    assert "'tiny_a' has 3 search items" in shown
 
 
 def test_the_same_config_gives_the_same_run(finished: tuple[Path, evomerge.Run], tmp_path: Path) -> None:
