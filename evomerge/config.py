@@ -30,8 +30,8 @@ from evomerge.schema import (
 from evomerge.space_config import Space
 from evomerge.suite_config import Splits, Suite
 
-RESERVED = ("base", "initial", "uniform", "merge", MERGED, "expert", "shared")
-"""Names that an expert cannot have: those of baselines and merges, and the words of `per`."""
+RESERVED = ("base", "initial", "uniform", "merge", MERGED, "expert", "shared", "mean", "winner")
+"""Names that an expert cannot have: those of baselines, merges and finalists, and the words of `per`."""
 
 
 SMALLEST_POPULATION = 4
@@ -54,6 +54,15 @@ class ModelRef(Frozen):
     @classmethod
     def _from_text(cls, data: Any) -> Any:
         return from_text(cls, data, "path", "a folder, a hub id or {path: ..., revision: ...}")
+
+    @field_validator("trust_remote_code")
+    @classmethod
+    def _only_known_code(cls, trusted: bool) -> bool:
+        if trusted:
+            raise ValueError(
+                "true is not accepted: models are built by transformers' own code, never by a model's; leave it out"
+            )
+        return trusted
 
 
 class Models(Frozen):

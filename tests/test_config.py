@@ -302,7 +302,11 @@ MISTAKES = [
             f"models.experts={{{name}: ./x}}",
             f"models.experts: '{name}' is a reserved name; call the expert something",
         )
-        for name in ("base", "initial", "uniform", "merge", "expert", "shared")
+        for name in ("base", "initial", "uniform", "merge", "expert", "shared", "mean", "winner")
+    ),
+    (
+        "models.experts={x: {path: ./x, trust_remote_code: true}}",
+        "models.experts.x.trust_remote_code: true is not accepted: models are built by transformers' own code",
     ),
     # suite and splits
     ("suite.tasks=[]", "suite.tasks: is empty; give at least 1 entry"),

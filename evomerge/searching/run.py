@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evomerge.config import Budget, Config, load_config
+from evomerge.config import Budget, Config, TwoSpaces, load_config
 from evomerge.environment import prepare
 from evomerge.errors import InfrastructureError, Stopped, UserError
 from evomerge.recipe import Recipe, load_recipe
@@ -200,6 +200,8 @@ def resume(
             if budget:
                 merged = {**current.model_dump(exclude_none=True), **budget}
                 current = validate(Budget, merged, "--budget")
+                if current.layers is not None and not isinstance(config.space, TwoSpaces):
+                    raise UserError("--budget: layers: needs space.type coefficients+layers; leave it out")
             setup = _set_up(config, folder / CONFIG, display, budget=current, measured=_swap(store))
             if budget:
                 store.set_meta(budget=current.model_dump(exclude_none=True))

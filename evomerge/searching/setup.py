@@ -15,7 +15,8 @@ from evomerge.errors import UserError, at, in_file
 from evomerge.evaluation.items import Block, Item, Split
 from evomerge.evaluation.requests import Rolling
 from evomerge.recipe import Recipe, Source
-from evomerge.searching.draws import block_sizes, wanted_items
+from evomerge.searching.doubts import idle_numbers, large_blocks, same_content, without_effect
+from evomerge.searching.draws import block_sizes
 from evomerge.searching.screening import places
 from evomerge.workers.worker import WorkerSpec
 
@@ -402,7 +403,8 @@ def set_up(
             digest = checkpoints[name].sha256
         sources[name] = source.model_copy(update={"sha256": digest})
     if weights:
-        warnings += _same_content(sources)
+        warnings += same_content(sources)
+    warnings += without_effect(config)
     space = space_for(without_tasks(config), num_layers=base.num_layers, sources=sources, file=file)
     initial = space.decode(space.initial)
     paths = None
@@ -442,7 +444,8 @@ def set_up(
     if config.suite.screen is not None:
         blocks["screen"] = suite.screen_blocks(blocks["search"])
     per_generation = min(per_generation, len(blocks["search"]))
-    warnings += _large_blocks(sizes, len(blocks["search"]), config)
+    warnings += idle_numbers(space, base)
+    warnings += large_blocks(sizes, len(blocks["search"]), config)
     baselines = {**baseline_recipes(config, sources), "initial": initial}
     return Setup(
         config=config,
@@ -456,33 +459,3 @@ def set_up(
         baselines=baselines,
         warnings=warnings,
     )
-
-
-def _large_blocks(sizes: Mapping[str, int], blocks: int, config: Config) -> tuple[str, ...]:
-    """Warn where candidates answer far more items than they are to, since one task has so few.
-
-    Args:
-        sizes: search items of each task.
-        blocks: that they are cut into.
-        config: of the search.
-    """
-    smallest = min(sizes, key=lambda task: sizes[task])
-    answered = round(sum(sizes.values()) / blocks)
-    wanted = wanted_items(len(sizes), config.suite.items_per_candidate)
-    if blocks < sizes[smallest] or answered <= 1.5 * wanted:
-        return ()
-    return (
-        f"each candidate answers {answered} items instead of {wanted}: every block holds some of every task, and "
-        f"'{smallest}' has {sizes[smallest]} search items; give it more, or leave it out",
-    )
-
-
-def _same_content(sources: Mapping[str, Source]) -> tuple[str, ...]:
-    """Warn of models that are copies of each other."""
-    first: dict[str | None, str] = {}
-    warnings = []
-    for name, source in sources.items():
-        if source.sha256 in first:
-            warnings.append(f"'{name}' has the same weights as '{first[source.sha256]}'")
-        first.setdefault(source.sha256, name)
-    return tuple(warnings)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import fnmatch
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from evomerge.checkpoints.names import ROLES, Position, Role
+from evomerge.checkpoints.names import ROLES, Position, Role, TensorName
 from evomerge.config import Config
 from evomerge.errors import UserError, at
 from evomerge.layers_config import MERGED
@@ -169,6 +170,28 @@ class CoefficientSpace:
                     [field.parameter.name, who or "all", slot or "all", tensors, "  ".join(shown), fixed]
                 )
         return table(["parameter", "expert", "roles", "tensors", "values", ""], rows)
+
+    def idle(self, tensors: Iterable[TensorName]) -> list[str]:
+        """Return the names of the searched values, without the places over depth, that no tensor takes."""
+        known = list(tensors)
+        idle = []
+        for field in self._fields:
+            taken = {key for tensor in known for key in self._taken(field, tensor)}
+            for key, curve in field.curves.items():
+                if curve.start < curve.stop and key not in taken:
+                    idle.append(self.coordinates[curve.start].name.partition("@")[0])
+        return idle
+
+    def _taken(self, field: _Field, tensor: TensorName) -> Iterator[tuple[int, str, str]]:
+        """Yield the keys of the curves that give a tensor its values."""
+        tiers = field.tiers[tensor.role]
+        tier = next(
+            tier for tier in tiers if tier.pattern is None or fnmatch.fnmatchcase(tensor.name, tier.pattern)
+        )
+        for who, index in tier.entries.items():
+            if index is not None:
+                spec = field.specs[index]
+                yield index, recipient_of(spec, who), slots(spec)[tensor.role]
 
     def _lay_out(
         self, parameter: Parameter, specs: tuple[ParameterSpec, ...], coordinates: list[Coordinate]

@@ -223,6 +223,18 @@ def test_the_share_of_each_phase_is_planned_and_one_too_small_is_refused(
         phases(candidates=12, layers=0.1)
 
 
+def test_a_run_of_one_phase_has_no_share_for_layer_paths(
+    family: dict[str, Path], tasks: Path, tmp_path: Path
+) -> None:
+    config = make_config(tmp_path, family, tasks, budget={"candidates": 4})
+    run = evomerge.search(config, run=tmp_path / "run")
+    with pytest.raises(
+        UserError, match=r"--budget: layers: needs space.type coefficients\+layers; leave it out"
+    ):
+        evomerge.resume(run.path, budget={"candidates": 8, "layers": 0.5})
+    assert len(evomerge.resume(run.path, budget={"candidates": 8}).candidates()) == 8
+
+
 def test_ranks_count_the_length_and_fitness_does_not(
     family: dict[str, Path], tasks: Path, tmp_path: Path
 ) -> None:

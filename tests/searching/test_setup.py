@@ -144,3 +144,47 @@ def test_a_search_on_a_gpu_asks_once_for_its_longest_text(
     set_up(load_config(path, ["engine.device=cuda"]), file=path, weights=False)
     assert set_up(load_config(path), file=path).config.engine.batch_tokens == 512
     assert len(asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "warning"),
+    [
+        (
+            {"optimizer": {"type": "tpe", "sigma": 0.1}},
+            "optimizer.sigma: 0.1 has no effect: tpe takes no first",
+        ),
+        ({"workers": {"type": "local", "count": 4}}, "workers.count: 4 has no effect: workers.type is local"),
+        ({"workers": {"type": "local", "address": "auto"}}, "workers.address: auto has no effect"),
+        (
+            {
+                "space": {"type": "layers", "pool": ["a", "b"], "genome": "indicators", "max_edits": 3},
+                "optimizer": {"type": "catcma"},
+            },
+            "space.max_edits: 3 has no effect: genome is indicators",
+        ),
+        (
+            {
+                "space": {
+                    "method": "task_arithmetic",
+                    "parameters": {
+                        "weight": [
+                            {"range": [0, 1], "initial": 0.4, "tensors": "*.mpl.*", "per": "shared"},
+                            {"range": [0, 1], "initial": 0.4, "per": "expert"},
+                        ]
+                    },
+                }
+            },
+            "weight *.mpl.* is searched, but no tensor of the models is selected by it",
+        ),
+    ],
+)
+def test_what_has_no_effect_is_announced(
+    changes: dict[str, Any], warning: str, family: dict[str, Path], tasks: Path, tmp_path: Path
+) -> None:
+    def warnings(**changes: Any) -> tuple[str, ...]:
+        path = make_config(tmp_path, family, tasks, **changes)
+        return set_up(load_config(path), file=path, weights=False).warnings
+
+    usual = warnings()
+    [said] = [line for line in warnings(**changes) if line not in usual]
+    assert warning in said

@@ -381,3 +381,21 @@ def test_each_control_value_may_start_at_a_place_of_its_own(tensor_names):
 def test_starts_that_do_not_fit_the_depth_are_refused(entry, message):
     with pytest.raises(UserError, match=message):
         make_space({"weight": {"range": [0, 1], "depth": "layers", **entry}})
+
+
+def test_searched_numbers_that_no_tensor_takes_are_named(tensor_names):
+    weight = {"range": [0, 1], "initial": 0.4}
+    tensors = [parse(name) for name in tensor_names]
+    everywhere = {"weight": [{**weight, "per": "expert", "depth": {"smooth": 2}}], "density": 0.5}
+    assert make_space(everywhere).idle(tensors) == []
+    slip = [{**weight, "tensors": "*mpl*", "per": "shared", "depth": "layers"}, weight]
+    assert make_space({"weight": slip, "density": 0.5}).idle(tensors) == ["weight *mpl*"]
+    # All attention goes to the first entry, and the second's share of it to nobody.
+    both = [{**weight, "tensors": "*self_attn*"}, {**weight, "roles": ["attention", "mlp", "other"]}]
+    assert make_space({"weight": both, "density": 0.5}).idle(tensors) == [
+        f"weight[{name}].attention" for name in "abc"
+    ]
+    headless = [tensor for tensor in tensors if tensor.role != "head"]
+    roles = {"weight": {**weight, "per": "shared", "roles": ["head", "other"]}, "density": 0.5}
+    assert make_space(roles).idle(tensors) == []
+    assert make_space(roles).idle(headless) == ["weight.head"]
