@@ -90,9 +90,10 @@ def load_source(
     )
 
 
-def build_task(source: TaskSource, split: str, data_split: str, file: Path | str | None) -> Any:
-    """Return the lm-eval task whose evaluation documents are those of one data split.
+def build_task(source: TaskSource, split: str, data_split: str | None, file: Path | str | None) -> Any:
+    """Return the lm-eval task whose evaluation documents are those of one data split; None: as it says itself.
 
+    lm-eval draws few-shot examples in another way where a task names the split as its test split.
     The few-shot generator is seeded as `lm_eval.simple_evaluate` does by default, and prompts are built
     once: every candidate sees the same examples.
     """
@@ -105,7 +106,8 @@ def build_task(source: TaskSource, split: str, data_split: str, file: Path | str
     for name in ("tag", "group", "task_list", "class", "dataset_kwargs"):
         config.pop(name, None)
     config["task"] = f"{source.spec.task}@{split}"
-    config["test_split"] = data_split
+    if data_split is not None:
+        config["test_split"] = data_split
     config["custom_dataset"] = lambda **_: source.data
     try:
         with quiet():
@@ -113,9 +115,10 @@ def build_task(source: TaskSource, split: str, data_split: str, file: Path | str
             task.set_fewshot_seed(FEWSHOT_SEED)
     except Exception as error:
         reason = " ".join(str(error).split())
+        where = "" if data_split is None else f" on data split '{data_split}'"
         raise UserError(
-            f"{at(file, source.key)}task '{source.spec.task}' ({source.path}) cannot be built on data split "
-            f"'{data_split}': {type(error).__name__}: {reason:.200}"
+            f"{at(file, source.key)}task '{source.spec.task}' ({source.path}) cannot be built{where}: "
+            f"{type(error).__name__}: {reason:.200}"
         ) from None
     return task
 

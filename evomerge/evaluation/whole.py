@@ -66,7 +66,7 @@ class WholeTask:
                 f"{place}task '{self.name}' has no data split '{self.split}'{nearest(self.split, source.data)}; "
                 f"it has {', '.join(source.data)}"
             )
-        self.task = build_task(source, "whole", self.split, file)
+        self.task = build_task(source, "whole", split, file)
         self._style = style
         with quiet():
             documents = list(self.task.eval_docs)

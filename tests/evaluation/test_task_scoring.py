@@ -33,8 +33,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shots = {"num_fewshot": 2, "fewshot_split": "shots"}
     data = {"test": documents(24), "shots": documents(9, 500)}
     write_task(folder, "choice", data=data, **shots)
-    write_task(folder, "more", data={"validation": documents(40, 900)}, drop=["test_split"],
-               validation_split="validation")  # fmt: skip
+    # As hellaswag and piqa are: no test split, examples from the training split.
+    write_task(folder, "more", data={"validation": documents(40, 900), "train": documents(9, 700)},
+               drop=["test_split"], validation_split="validation", training_split="train", num_fewshot=2)  # fmt: skip
     # A document that comes twice counts twice, as in lm-eval.
     write_task(folder, "twice", data={"test": documents(5) + documents(5)})
     write_task(folder, "digits", "generate", filter_list=FILTERS, doc_to_target="{{gold}}")
