@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from evomerge.config import Config, Engine, load_config
 from evomerge.environment import prepare
 from evomerge.errors import CandidateFailed, InfrastructureError, UserError, in_file
-from evomerge.evaluation.items import ItemScore, Split
+from evomerge.evaluation.items import RAW, ItemScore, Split
 from evomerge.losses import loss
 from evomerge.mergekit import Reading, open_recipe
 from evomerge.recipe import Merge, Output, Recipe, Source
@@ -37,9 +37,9 @@ class Evaluation:
         model: as named by the caller; a `Recipe` by its hash.
         split: the item set.
         score: ``{mean, ci95, n, tasks: {name: {mean, ci95, n, raw, truncated}}}``. Tasks are in their metrics' own
-            units, the suite too unless their directions differ: then its values are mapped to [0, 1].
-            raw is the mean in the metric's units; truncated is the share of generated answers that were cut at their
-            token limit.
+            units. raw is the mean in the metric's units; truncated is the share of generated answers that were
+            cut at their token limit.
+        units: of the suite's score: those of the metrics, or mapped to [0, 1], as in a run's results.
         metrics: metric of each task.
         lm_eval: task → its metrics as lm-eval reports them over these items: of tasks for which that is not the
             mean over items, or of all.
@@ -49,6 +49,7 @@ class Evaluation:
     model: str
     split: str
     score: dict[str, Any]
+    units: str
     metrics: dict[str, str]
     fingerprint: str
     lm_eval: Mapping[str, Sequence[MetricValue]] = field(default_factory=dict)
@@ -59,6 +60,7 @@ class Evaluation:
             "model": self.model,
             "split": self.split,
             "score": self.score,
+            "units": self.units,
             "metrics": self.metrics,
             "lm_eval": {
                 task: {value.name: value.to_dict() for value in values}
@@ -70,7 +72,11 @@ class Evaluation:
     def __str__(self) -> str:
         from evomerge.evaluation.report import shown
 
-        rows = [("suite", "", self.score), *((t, self.metrics[t], e) for t, e in self.score["tasks"].items())]
+        mapped = "" if self.units == RAW else self.units
+        rows = [
+            ("suite", mapped, self.score),
+            *((t, self.metrics[t], e) for t, e in self.score["tasks"].items()),
+        ]
         width = max(len(name) for name, _, _ in rows)
         lines = [f"{self.model}, {self.split} items"]
         for name, metric, entry in rows:
@@ -79,7 +85,7 @@ class Evaluation:
                 f"  {name:<{width}}  {shown(entry['mean'])}  [{low}, {high}]  n={entry['n']}  {metric}"
                 f"{_cut(entry)}".rstrip()
             )
-            for value in self.lm_eval.get(name, ()) if metric else ():
+            for value in self.lm_eval.get(name, ()) if entry is not self.score else ():
                 lines.append(f"  {'':<{width}}  lm-eval: {value}")
         return "\n".join(lines)
 
@@ -170,13 +176,14 @@ def evaluate(
             progress(done, total)
         fingerprint = engine.fingerprint
     scored = score_dict(score(values_of(table, raw=True), built.weights, seed=config.seed), table)
-    if len({task.higher_is_better for task in built.tasks}) > 1:
+    if built.units != RAW:
         mapped = score_dict(score(values_of(table), built.weights, seed=config.seed), table)
         scored = mapped | {"tasks": scored["tasks"]}
     return Evaluation(
         model=subject.label,
         split=split,
         score=scored,
+        units=built.units,
         metrics={task.name: task.metric for task in built.tasks},
         fingerprint=fingerprint,
         lm_eval=_reports(built, results, all_metrics, config.seed),

@@ -12,6 +12,9 @@ from typing import Literal
 Split = Literal["search", "validation", "test", "screen"]
 """A set of items. Those of ``screen`` are search items asked once more (see `evomerge.evaluation.screen`)."""
 
+RAW, MAPPED = "raw", "mapped to [0, 1]"
+"""What a suite's scores are in: the metrics' own units, or as fitness has them, larger being better."""
+
 SPLITS: tuple[Split, ...] = ("search", "validation", "test")
 """The disjoint sets into which the documents of a task fall."""
 

@@ -15,7 +15,7 @@ from evomerge.evaluation.chat import PromptStyle, check_thinking, prompt_style
 from evomerge.evaluation.entries import Entry, Questions, Reply, Task, answer, ask_of, given_by, score_all
 from evomerge.evaluation.guards import constant_of
 from evomerge.evaluation.harness import HarnessScorer, HarnessTask
-from evomerge.evaluation.items import SPLITS, Block, Item, ItemScore, Part, PartOutcome, Split
+from evomerge.evaluation.items import MAPPED, RAW, SPLITS, Block, Item, ItemScore, Part, PartOutcome, Split
 from evomerge.evaluation.library import Library, specs_of
 from evomerge.evaluation.own import PythonTask, check_python
 from evomerge.evaluation.preview import Preview
@@ -136,6 +136,11 @@ class Suite:
     def weights(self) -> dict[str, float]:
         """Task name → weight."""
         return {task.name: task.weight for task in self.tasks}
+
+    @property
+    def units(self) -> str:
+        """What reported scores of the whole suite are in: `RAW`, or `MAPPED` if less is better in some task."""
+        return RAW if all(task.higher_is_better for task in self.tasks) else MAPPED
 
     @property
     def screen_weights(self) -> dict[str, float]:

@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from evomerge import __version__
-from evomerge.evaluation.items import Block, ItemScore, truncated_share
+from evomerge.evaluation.items import RAW, Block, ItemScore, truncated_share
 from evomerge.evaluation.statistics import Score, compare_all, minimum_detectable_effect, score
 from evomerge.layers_config import MERGED
 from evomerge.recipe import Recipe
@@ -39,7 +39,7 @@ def write_results(folder: Path, store: Store, setup: Setup, scheduler: Scheduler
 def build_results(store: Store, setup: Setup, scheduler: Scheduler) -> dict[str, Any]:
     """Return results.json's content for the latest winner; keys as in the documentation."""
     weights = setup.suite.weights
-    raw = all(task.higher_is_better for task in setup.suite.tasks)
+    raw = setup.suite.units == RAW
     seed = setup.config.seed
     digest, name = store.winner() or ("", "")
     winner = store.recipe(digest)
@@ -83,7 +83,7 @@ def build_results(store: Store, setup: Setup, scheduler: Scheduler) -> dict[str,
     return {
         "schema": SCHEMA,
         "name": setup.config.name,
-        "units": "raw" if raw else "mapped to [0, 1]",
+        "units": setup.suite.units,
         "winner": {"name": name, "hash": digest, "recipe": winner.to_dict(), **scores},
         "baselines": baselines,
         "comparisons": {

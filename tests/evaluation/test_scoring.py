@@ -131,6 +131,16 @@ def test_what_lm_eval_reports_otherwise_is_shown_beside(config, family, tmp_path
     # Tasks of two directions: the suite is mapped to [0, 1], each task is in its own units.
     assert 0 <= found.score["mean"] <= 1
     assert found.score["tasks"]["rolling"]["mean"] > 1
+    assert found.to_dict()["units"] == "mapped to [0, 1]"
+    assert str(found).splitlines()[1].endswith("  mapped to [0, 1]")
+    # So it is where less is better in all tasks, as in a run's results.
+    bits = [changes[0], "suite.tasks=[{task: rolling, metric: bits_per_byte}]"]
+    alone = scoring.evaluate(family["a"], config, overrides=bits)
+    assert alone.units == "mapped to [0, 1]"
+    assert 0 < alone.score["mean"] < 1 < alone.score["tasks"]["rolling"]["mean"]
+    plain = scoring.evaluate(family["a"], config, overrides=[changes[0], "suite.tasks=[choice]"])
+    assert plain.units == "raw"
+    assert plain.score["mean"] == pytest.approx(plain.score["tasks"]["choice"]["mean"])
     every = scoring.evaluate(family["a"], config, overrides=changes, all_metrics=True)
     assert [value.name for value in every.lm_eval["choice"]] == ["acc,none", "acc_norm,none"]
     assert every.lm_eval["choice"][0].value == pytest.approx(every.score["tasks"]["choice"]["mean"])
