@@ -124,7 +124,7 @@ def evaluate(
     """
     config = suite if isinstance(suite, Config) else load_config(suite, overrides)
     if split == "test" and not isinstance(model, Recipe):
-        _refuse_early_opening(Path(model))
+        _refuse_early_opening(Path(model).expanduser())
     # Before the imports below, which take seconds: a mistyped model is told at once.
     subject = open_subject(model, base=base, dtype=dtype, engine=config.engine, offline=not config.uses_hub)
     from evomerge.evaluation.score_cache import ScoreCache, scores_folder
@@ -321,9 +321,16 @@ def _model_reading(
     return replace(reading, recipe=reading.recipe.model_copy(update={"output": output}))
 
 
-def _refuse_early_opening(run: Path) -> None:
-    """Keep the test items closed to a search that has not chosen its winner."""
-    if (run / "run.db").exists() and not (run / "results.json").exists():
+def _refuse_early_opening(model: Path) -> None:
+    """Keep the test items closed to a search that has not chosen its winner, or is looking for another one."""
+    from evomerge.searching.rundir import DATABASE, RESULTS, STATUS, read_status
+
+    run = model.parent if model.is_file() else model
+    if not (run / DATABASE).exists():
+        return
+    # A copy of a run may lack its status.
+    state = read_status(run)["state"] if (run / STATUS).exists() else "done"
+    if state != "done" or not (run / RESULTS).exists():
         raise UserError(
             f"{run}: this run has not ended, and its test items stay closed until it has; finish it with "
             f"'evomerge resume {run}', or look at --split validation"

@@ -13,10 +13,11 @@ from evomerge.checkpoints.model_config import last_position
 from evomerge.cli import main
 from evomerge.config import Engine, load_config
 from evomerge.engines import probing
-from evomerge.errors import UserError
+from evomerge.errors import Stopped, UserError
 from evomerge.scoring import evaluate
-from evomerge.searching.run import search
+from evomerge.searching.run import resume, search
 from evomerge.searching.setup import decide_output, decided, pin_revisions, set_up
+from evomerge.searching.store import Store
 from tests.models import make_family, make_model
 from tests.tasks import make_config
 
@@ -108,14 +109,27 @@ def test_hub_models_are_pinned_to_their_commit(family: dict[str, Path], tasks: P
 
 
 def test_the_test_items_of_an_unfinished_run_stay_closed(
-    family: dict[str, Path], tasks: Path, tmp_path: Path
+    family: dict[str, Path], tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config(tmp_path, family, tasks, budget={"candidates": 4})
     run = search(config, run=tmp_path / "run")
-    (run.path / "results.json").rename(tmp_path / "results.json")
+    results = (run.path / "results.json").rename(tmp_path / "results.json")
+    for model in (run.path, run.path / "recipe.yaml"):
+        with pytest.raises(UserError, match="test items stay closed"):
+            evaluate(model, config, split="test")
+    assert evaluate(run.path, config, split="validation").score["n"] == 24
+    results.rename(run.path / "results.json")
+    assert evaluate(run.path / "recipe.yaml", config, split="test").score["n"] == 32
+
+    def interrupt(self: Store, *args: Any) -> None:
+        raise KeyboardInterrupt
+
+    # A run that goes on has results of its first end, and may choose another winner.
+    monkeypatch.setattr(Store, "set_winner", interrupt)
+    with pytest.raises(Stopped):
+        resume(run.path, budget={"candidates": 8})
     with pytest.raises(UserError, match="test items stay closed"):
         evaluate(run.path, config, split="test")
-    assert evaluate(run.path, config, split="validation").score["n"] == 24
 
 
 def test_a_search_on_a_gpu_asks_once_for_its_longest_text(
