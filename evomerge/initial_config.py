@@ -11,14 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from evomerge.checkpoints import is_adapter
+from evomerge.checkpoints.model_config import DEPTH_KEYS
 from evomerge.checkpoints.tokenizer import chat_templates
 from evomerge.config import RESERVED, Config, parse_config
 from evomerge.errors import UserError
-from evomerge.evaluation.items import SPLITS
-from evomerge.evaluation.library import Library
+from evomerge.initial_suite import flow, suite_lines
 from evomerge.mergekit import open_recipe
 from evomerge.methods.registry import Parameter, get_method
 from evomerge.output import Output, Tokenizer
@@ -97,7 +95,7 @@ def initial_config(
     else:
         start = _from_models(sources, method)
     folders = tuple(str(expand_home(folder).resolve()) for folder in include)
-    lines, splits = _suite(tasks, folders, start.speaks)
+    lines, splits = suite_lines(tasks, folders, start.speaks)
     space = [line for parameter in _order(start.merge) for line in _parameter(parameter, start.merge)]
     if not any("range:" in line for line in space):
         raise UserError(
@@ -295,8 +293,8 @@ def _parameter(parameter: Parameter, merge: Merge) -> list[str]:
             entry.pop("per", None)
     flat = [entry["value"] if set(entry) <= {"value", "per"} and alike else entry for entry in entries]
     if len(flat) == 1:
-        return [f"    {parameter.name}: {_flow(flat[0])}"]
-    return [f"    {parameter.name}:", *(f"      - {_flow(entry)}" for entry in flat)]
+        return [f"    {parameter.name}: {flow(flat[0])}"]
+    return [f"    {parameter.name}:", *(f"      - {flow(entry)}" for entry in flat)]
 
 
 def _conditions(
@@ -357,59 +355,6 @@ def _range(parameter: Parameter, numbers: Sequence[float]) -> list[float]:
     return [round(low, 4), round(high, 4)]
 
 
-def _suite(tasks: Sequence[str], include: Sequence[str], speaks: bool) -> tuple[list[str], list[str]]:
-    """Write the suite and the splits: by the names that all tasks share, else cut from each task's own split."""
-    library = Library(include, None)
-    cuts: dict[str, str | None] = {}
-    weights: dict[str, float] = {}
-    for task in tasks:
-        definitions = library.expand(task, key="--tasks").definitions
-        members = {definition.name: _cut(definition.config, definition.name) for definition in definitions}
-        alike = len(set(members.values())) == 1
-        cuts |= {task: next(iter(members.values()))} if alike else members
-        weights |= {task: 1.0} if alike else {name: round(1 / len(members), 6) for name in members}
-    common = set(cuts.values())
-    lines = ["suite:"]
-    if include:
-        lines.append(f"  include: {_flow(list(include))}   # folders of task files")
-    if speaks:
-        lines.append(
-            "  chat_template: true                 # prompts are messages of a conversation; false: plain text"
-        )
-    lines.append("  tasks:                              # what is measured, and how much each one counts")
-    for task, cut in cuts.items():
-        entry: dict[str, Any] = {"task": task, "weight": weights[task]}
-        if len(common) > 1:
-            entry["splits"] = _splits(cut)
-        lines.append(f"    - {_flow(entry)}")
-    splits = next(iter(common)) if len(common) == 1 else None
-    if len(common) > 1:
-        return lines, []
-    about = (
-        "# Three disjoint sets of items: the search sees the first, the winner is chosen on the second and meets\n"
-        "# the third once, at the end."
-    )
-    return lines, [about, f"splits: {_flow(_splits(splits))}"]
-
-
-def _splits(cut: str | None) -> dict[str, Any]:
-    if cut is None:
-        return {split: split for split in SPLITS}
-    return {"from": cut, "fractions": {"search": 0.6, "validation": 0.2, "test": 0.2}}
-
-
-def _cut(definition: Mapping[str, Any], task: str) -> str | None:
-    """Return the data split to cut in three, or None where the task's files have three by name."""
-    options = definition.get("dataset_kwargs")
-    files = options.get("data_files") if isinstance(options, Mapping) else None
-    if isinstance(files, Mapping) and set(SPLITS) <= set(files):
-        return None
-    for key in ("test_split", "validation_split", "training_split"):
-        if isinstance(definition.get(key), str):
-            return str(definition[key])
-    raise UserError(f"--tasks: '{task}' names no test_split, validation_split or training_split to cut")
-
-
 def _head(start: _Start) -> list[str]:
     lines = [
         textwrap.fill(line, 108, initial_indent="# ", subsequent_indent="#   ", break_long_words=False)
@@ -421,7 +366,7 @@ def _head(start: _Start) -> list[str]:
         "#   evomerge plan   FILE     what the search will be",
         "#   evomerge search FILE     run it",
         "version: 1",
-        f"name: {_flow(start.name)}",
+        f"name: {flow(start.name)}",
         "",
     ]
 
@@ -436,9 +381,9 @@ def _models(start: _Start) -> list[str]:
     note = use.get(role, "the common ancestor")
     return [
         "models:",
-        f"  base: {_flow(_ref(start.base))}   # {note if start.uses_base else use['unused']}",
+        f"  base: {flow(_ref(start.base))}   # {note if start.uses_base else use['unused']}",
         "  experts:",
-        *(f"    {_flow(name)}: {_flow(_ref(source))}" for name, source in start.experts.items()),
+        *(f"    {flow(name)}: {flow(_ref(source))}" for name, source in start.experts.items()),
         "",
     ]
 
@@ -463,14 +408,9 @@ def _space(start: _Start, parameters: Sequence[str]) -> list[str]:
         *parameters,
     ]
     for p in rest:
-        text = f"{p.name}: {_flow(p.default_in(merge.dialect))}   the default: {p.doc[0].lower()}{p.doc[1:]}"
+        text = f"{p.name}: {flow(p.default_in(merge.dialect))}   the default: {p.doc[0].lower()}{p.doc[1:]}"
         lines.append(textwrap.fill(text, 108, initial_indent="    # ", subsequent_indent="    #   "))
     return lines
-
-
-def _flow(data: Any) -> str:
-    text = yaml.safe_dump(data, default_flow_style=True, sort_keys=False, width=math.inf, allow_unicode=True)
-    return text.removesuffix("\n").removesuffix("\n...")
 
 
 def _output(output: Output) -> list[str]:
@@ -478,7 +418,7 @@ def _output(output: Output) -> list[str]:
     if not form:
         return []
     auto = "   # chat_template: auto is that of most models" if form.get("chat_template") == "auto" else ""
-    return [f"output: {_flow(form)}{auto}", ""]
+    return [f"output: {flow(form)}{auto}", ""]
 
 
 def _dimension(text: str, start: _Start) -> int:
@@ -488,7 +428,6 @@ def _dimension(text: str, start: _Start) -> int:
     file = Path(start.base.source) / "config.json"
     if file.is_file():
         found = json.loads(file.read_text(encoding="utf-8"))
-        keys = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-        layers = next((found[key] for key in keys if isinstance(found.get(key), int)), layers)
+        layers = next((found[key] for key in DEPTH_KEYS if isinstance(found.get(key), int)), layers)
     sources = {"base": start.base, **start.experts}
     return CoefficientSpace(config, num_layers=layers, sources=sources).dimension

@@ -6,12 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from evomerge.schema import Frozen, Number, Positive, Whole, shown
+from evomerge.schema import Auto, Frozen, Number, Positive, Whole, shown, two_ends
 
 MERGED = "merged"
 """What a pool calls the winner of the coefficient search that comes before."""
-
-Auto = Literal["auto"]
 
 
 class ScaleRange(Frozen):
@@ -20,12 +18,7 @@ class ScaleRange(Frozen):
     range: tuple[Number, Number]
     step: Annotated[Number, Field(gt=0)] = 0.05
 
-    @field_validator("range", mode="before")
-    @classmethod
-    def _two_ends(cls, ends: Any) -> Any:
-        if not (isinstance(ends, list | tuple) and len(ends) == 2):
-            raise ValueError(f"{shown(ends)} is not accepted: give two numbers, [low, high]")
-        return ends
+    _two_ends = field_validator("range", mode="before")(two_ends)
 
     @model_validator(mode="after")
     def _around_one(self) -> ScaleRange:

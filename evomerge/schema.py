@@ -186,6 +186,13 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else text[:76] + " ..."
 
 
+def two_ends(ends: Any) -> Any:
+    """Validate that a range, if there is one, has two ends, before they are validated themselves."""
+    if ends is not None and not (isinstance(ends, list | tuple) and len(ends) == 2):
+        raise ValueError(f"{shown(ends)} is not accepted: give two numbers, [low, high]")
+    return ends
+
+
 _WANTED = {
     "greater_than": "a number greater than {gt}",
     "greater_than_equal": "a number of at least {ge}",

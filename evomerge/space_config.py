@@ -10,7 +10,7 @@ from evomerge.checkpoints.names import ROLES, Role
 from evomerge.data_config import Data
 from evomerge.errors import nearest
 from evomerge.methods.registry import get_method
-from evomerge.schema import Frozen, Number, Positive, Whole, shown
+from evomerge.schema import Frozen, Number, Positive, Whole, shown, two_ends
 
 
 class Groups(Frozen):
@@ -70,12 +70,7 @@ class ParameterSpec(Frozen):
                 )
         return roles
 
-    @field_validator("range", mode="before")
-    @classmethod
-    def _two_ends(cls, ends: Any) -> Any:
-        if ends is not None and not (isinstance(ends, list | tuple) and len(ends) == 2):
-            raise ValueError(f"{shown(ends)} is not accepted: give two numbers, [low, high]")
-        return ends
+    _two_ends = field_validator("range", mode="before")(two_ends)
 
     @field_validator("depth", mode="before")
     @classmethod

@@ -16,6 +16,7 @@ from evomerge.merging import merge
 from evomerge.recipe import Source
 from evomerge.searching.setup import set_up
 from evomerge.spaces import CoefficientSpace
+from tests.evaluation.tiny import write_task
 from tests.merging.helpers import digests, read
 from tests.models import make_family
 from tests.tasks import make_tasks
@@ -228,6 +229,30 @@ def test_tasks_without_named_splits_are_cut(folder: Path, tmp_path: Path) -> Non
     ]
     assert main(command) == 0
     assert load_config(out).splits.from_ == "test"
+    assert main(["plan", str(out)]) == 0
+
+
+def test_a_task_named_by_its_file_is_found_from_anywhere(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    out = tmp_path / "c.yaml"
+    assert (
+        main(["init", "./models/base", "./models/a", "--tasks", "./tasks/tiny_a.yaml", "-o", str(out)]) == 0
+    )
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", str(out)]) == 0
+
+
+def test_a_task_with_several_filters_gets_the_metric_behind_the_first(folder: Path, tmp_path: Path) -> None:
+    regex = {"function": "regex", "regex_pattern": "([0-9]+)"}
+    filters = [{"name": name, "filter": [regex, {"function": "take_first"}]} for name in ("strict", "loose")]
+    tasks = write_task(tmp_path / "tasks", "digits", "generate", filter_list=filters).parent
+    write_task(tasks, "choice")
+    out = tmp_path / "c.yaml"
+    names = ["--tasks", "digits,choice", "--include", str(tasks)]
+    assert main(["init", *models(folder, "base", "a"), *names, "-o", str(out)]) == 0
+    assert [task.metric for task in load_config(out).suite.tasks] == ["exact_match,strict", "auto"]
     assert main(["plan", str(out)]) == 0
 
 

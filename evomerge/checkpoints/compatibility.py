@@ -7,19 +7,19 @@ from typing import Any
 
 from evomerge.checkpoints.canonical import outside_parts
 from evomerge.checkpoints.completeness import output_head, vocabulary_tensors
+from evomerge.checkpoints.model_config import DEPTH_KEYS
 from evomerge.checkpoints.names import is_outside, parse
 from evomerge.checkpoints.reader import Checkpoint
 from evomerge.errors import CheckpointError
 
 _SHOWN = 3
 _TYPE = ("model_type",)
-_DEPTH = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 # Keys that must agree, with the names that families give them. They decide shapes or how shapes are read.
 _DECISIVE: tuple[tuple[str, ...], ...] = (
     _TYPE,
     ("hidden_size", "n_embd", "d_model"),
-    _DEPTH,
+    DEPTH_KEYS,
     ("intermediate_size", "n_inner", "ffn_dim"),
     ("num_attention_heads", "n_head", "n_heads"),
     ("num_key_value_heads",),
@@ -116,7 +116,7 @@ def _multimodal(checkpoint: Checkpoint) -> bool:
 
 def _check_config(base: Checkpoint, name: str, other: Checkpoint, any_depth: bool) -> None:
     for keys in _DECISIVE:
-        if any_depth and keys == _DEPTH:
+        if any_depth and keys == DEPTH_KEYS:
             continue
         if keys == _TYPE and _multimodal(base) != _multimodal(other):
             continue

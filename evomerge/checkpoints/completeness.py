@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.checkpoints.header import TensorInfo
-from evomerge.checkpoints.model_config import nested_key, text_config
+from evomerge.checkpoints.model_config import DEPTH_KEYS, nested_key, text_config
 from evomerge.checkpoints.names import parse
 from evomerge.errors import CheckpointError, at
 
@@ -18,7 +18,6 @@ _SAME_TENSORS = {
     "sliding_attention": "attention",
     "chunked_attention": "attention",
 }
-_LAYER_COUNT = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 _TYPE_LISTS = ("layer_types", "layers_block_type", "mlp_layer_types", "hybrid_override_pattern")
 _NOT_INPUT = {"wpe", "embed_positions", "position_embeddings", "token_type_embeddings"}
 
@@ -34,7 +33,7 @@ def layer_count(config: Mapping[str, Any], file: Path | str, names: Iterable[str
     text = text_config(config)
     key = nested_key(config)
     nested = "" if key is None else key + "."
-    for key in _LAYER_COUNT:
+    for key in DEPTH_KEYS:
         if key in text:
             count = text[key]
             if type(count) is not int or count < 1:
@@ -43,7 +42,7 @@ def layer_count(config: Mapping[str, Any], file: Path | str, names: Iterable[str
     positions = [place for name in names if isinstance(place := parse(name).position, int)]
     if nested and positions:
         return 1 + max(positions)
-    raise CheckpointError(f"{at(file, nested + 'num_hidden_layers')}this key is missing")
+    raise CheckpointError(f"{at(file, nested + DEPTH_KEYS[0])}this key is missing")
 
 
 def input_embedding(names: Iterable[str]) -> str | None:

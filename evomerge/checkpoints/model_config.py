@@ -12,6 +12,9 @@ _TABLE = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings?)\.weight$"
 _TABLE_TYPES = ("codegen", "ctrl", "gptj")
 """Model types with a table of positions that is no tensor of the checkpoint."""
 
+DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+"""What configs call the number of layers, the usual name first."""
+
 _NESTED = ("text_config", "llm_config", "language_config")
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from evomerge.checkpoints.model_config import DEPTH_KEYS
 from evomerge.config import Engine as EngineConfig
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ class _Shape:
         heads = int(config.get("num_attention_heads") or config.get("n_head") or 1)
         size = int(config.get("head_dim") or hidden // heads)
         return cls(
-            layers=layers or int(config.get("num_hidden_layers") or config.get("n_layer") or 0),
+            layers=layers or int(next((config[key] for key in DEPTH_KEYS if config.get(key)), 0)),
             hidden=hidden,
             wide=int(config.get("intermediate_size") or config.get("n_inner") or 4 * hidden),
             vocabulary=int(config.get("vocab_size") or 0),

@@ -134,11 +134,6 @@ def field_of(row: Mapping[str, Any], field: str, path: Path) -> Any:
     return row[field]
 
 
-def normalised(text: str) -> str:
-    """Return a text in lower case with single spaces, so that trivial variants count as one."""
-    return " ".join(text.lower().split())
-
-
 def _texts_of_rows(path: Path, field: str) -> Iterator[str]:
     for row in rows_in(path):
         text = field_of(row, field, path)

@@ -39,6 +39,11 @@ def group_of(task: Any, doc: Mapping[str, Any], field: str | None) -> str:
     if not isinstance(text, str) or not text.strip():
         text = task.doc_to_choice(doc) if task.config.doc_to_choice is not None else task.doc_to_target(doc)
     text = " ".join(map(str, text)) if isinstance(text, list | tuple) else str(text)
+    return normalised(text)
+
+
+def normalised(text: str) -> str:
+    """Return a text in lower case with single spaces, so that trivial variants count as one."""
     return " ".join(text.lower().split())
 
 

@@ -15,7 +15,8 @@ from evomerge.evaluation.logprobs import LogprobScorer, logprob_of
 from evomerge.evaluation.metrics import Kind, Metric
 from evomerge.evaluation.preview import Preview
 from evomerge.evaluation.requests import Engine, Rolling
-from evomerge.evaluation.rows import Row, deal, normalised, texts_in
+from evomerge.evaluation.rows import Row, deal, texts_in
+from evomerge.evaluation.splits import normalised
 from evomerge.suite_config import Splits, TextSpec
 
 log = logging.getLogger(__name__)

@@ -7,11 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from evomerge.checkpoints import Checkpoint
-from evomerge.checkpoints.model_config import nested_key, text_config
+from evomerge.checkpoints.model_config import DEPTH_KEYS, nested_key, text_config
 from evomerge.errors import CheckpointError
 from evomerge.recipe import Hop
-
-_DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 # Config lists with one entry a layer, and lists of layer indices.
 _PER_LAYER = (
@@ -85,7 +83,7 @@ def path_config(path: Sequence[Hop], donors: Sequence[Checkpoint]) -> dict[str, 
             text[key] = [_entry(donors[i], texts[i], key, hop.layer) for i, hop in enumerate(path)]
     if any(donor_text.get(_FIRST_DENSE) for donor_text in texts):
         text[_FIRST_DENSE] = _leading_dense(path, donors, texts)
-    depth = next((key for key in _DEPTH_KEYS if isinstance(text.get(key), int)), _DEPTH_KEYS[0])
+    depth = next((key for key in DEPTH_KEYS if isinstance(text.get(key), int)), DEPTH_KEYS[0])
     text[depth] = len(path)
     nested = nested_key(config)
     return text if nested is None else {**config, nested: text}
@@ -121,8 +119,8 @@ def layer_settings(config: Mapping[str, Any], count: int) -> list[dict[str, Any]
 def shared_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config without its depth and what it says of single layers."""
     text = text_config(config)
-    count = next((text[key] for key in _DEPTH_KEYS if isinstance(text.get(key), int)), 0)
-    own = (*_DEPTH_KEYS, *_INDICES, _FIRST_DENSE)
+    count = next((text[key] for key in DEPTH_KEYS if isinstance(text.get(key), int)), 0)
+    own = (*DEPTH_KEYS, *_INDICES, _FIRST_DENSE)
     rest = {k: v for k, v in text.items() if k not in own and not _is_per_layer(k, v, count)}
     nested = nested_key(config)
     return rest if nested is None else {**config, nested: rest}
@@ -130,7 +128,7 @@ def shared_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def depth_settings(text: Mapping[str, Any]) -> dict[str, Any]:
     """Return all of a language model's config that may speak of its depth or of single layers."""
-    own = (*_DEPTH_KEYS, *_INDICES, _FIRST_DENSE)
+    own = (*DEPTH_KEYS, *_INDICES, _FIRST_DENSE)
     return {key: value for key, value in text.items() if key in own or isinstance(value, list)}
 
 
@@ -139,7 +137,7 @@ def select_layers(config: Mapping[str, Any], layers: Sequence[int]) -> dict[str,
     chosen = copy.deepcopy(dict(config))
     nested = nested_key(chosen)
     text: dict[str, Any] = chosen if nested is None else chosen[nested]
-    depth = next((key for key in _DEPTH_KEYS if isinstance(text.get(key), int)), None)
+    depth = next((key for key in DEPTH_KEYS if isinstance(text.get(key), int)), None)
     count = max(layers) + 1 if depth is None else text[depth]
     for key, value in list(text.items()):
         if key in _INDICES and isinstance(value, list):
@@ -148,7 +146,7 @@ def select_layers(config: Mapping[str, Any], layers: Sequence[int]) -> dict[str,
             text[key] = [value[layer] for layer in layers]
         elif key == _FIRST_DENSE:
             text[key] = sum(layer < (value or 0) for layer in layers)
-    text[depth or _DEPTH_KEYS[0]] = len(layers)
+    text[depth or DEPTH_KEYS[0]] = len(layers)
     return chosen
 
 

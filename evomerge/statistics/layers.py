@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from evomerge.checkpoints import Checkpoint
+from evomerge.checkpoints.model_config import DEPTH_KEYS, text_config
 from evomerge.checkpoints.names import parse
 from evomerge.errors import CheckpointError
 from evomerge.merging.binding import bind
@@ -181,8 +182,8 @@ def _replaced(layers: Sequence[nn.Module], forward: Any) -> Iterator[None]:
 
 
 def _decoder_layers(model: Any, config: Mapping[str, Any]) -> list[nn.Module]:
-    text = config.get("text_config") or config
-    count = text.get("num_hidden_layers", text.get("n_layer"))
+    text = text_config(config)
+    count = next((text[key] for key in DEPTH_KEYS if key in text), None)
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     lists = [
         module
