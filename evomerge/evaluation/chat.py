@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 from evomerge.errors import UserError, at, nearest
 from evomerge.evaluation.requests import Loglikelihood, Request
 from evomerge.suite_config import Suite as SuiteConfig
+
+log = logging.getLogger(__name__)
 
 ChatTemplate = Callable[..., str]
 
@@ -91,6 +94,11 @@ def prompt_style(config: SuiteConfig, tokenizer: Any, file: Path | str | None) -
     if config.chat_template:
         text = _template_of(tokenizer, config.chat_template, file)
         template = _renderer(tokenizer, text, arguments)
+        if config.system_instruction is not None and not _takes_system(tokenizer, text, arguments):
+            raise UserError(
+                f"{at(file, 'suite.system_instruction')}the chat template takes no system message, so the instruction "
+                "would be dropped; leave it out, or set chat_template to false or to another template"
+            )
     multiturn = template is not None and config.fewshot_as_multiturn is not False
     return PromptStyle(template, config.system_instruction, multiturn, config.think_end_token, thinks)
 
@@ -176,9 +184,25 @@ def _template_of(tokenizer: Any, chosen: bool | str, file: Path | str | None) ->
     return str(known[name])
 
 
+def _takes_system(tokenizer: Any, template: str, arguments: Mapping[str, Any]) -> bool:
+    """Whether a system message goes through a template that takes one of a user."""
+    import jinja2
+
+    system, user = ({"role": role, "content": "?"} for role in ("system", "user"))
+    try:
+        tokenizer.apply_chat_template(
+            [system, user], tokenize=False, add_generation_prompt=True, chat_template=template, **arguments
+        )
+    except jinja2.exceptions.TemplateError:
+        return False
+    return True
+
+
 def _renderer(tokenizer: Any, template: str, arguments: Mapping[str, Any]) -> ChatTemplate:
     """Return the template as lm-eval applies it: without the system message if it must."""
     import jinja2
+
+    said: list[bool] = []
 
     def render(history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         options = {
@@ -192,6 +216,11 @@ def _renderer(tokenizer: Any, template: str, arguments: Mapping[str, Any]) -> Ch
             return str(tokenizer.apply_chat_template(history, **options))
         except jinja2.exceptions.TemplateError:
             users = [message for message in history if message["role"] != "system"]
+            if not said and len(users) < len(history):
+                said.append(True)
+                log.warning(
+                    "the chat template takes no system message; tasks' descriptions are dropped, as by lm-eval"
+                )
             return str(tokenizer.apply_chat_template(users, **options))
 
     return render

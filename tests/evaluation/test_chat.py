@@ -135,6 +135,27 @@ def test_every_setting_makes_other_items(tmp_path: Path, chatty: Any) -> None:
         seen |= ids
 
 
+def test_a_template_without_system_messages(
+    tmp_path: Path, model: Any, chatty: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    chatty.chat_template = strict + TEMPLATE
+    path = shots(tmp_path, "choice")
+    expected = lm_eval_samples(path, model, chatty, apply_chat_template=True, fewshot_as_multiturn=True)
+    suite, engine, _ = ours(tmp_path, model, chatty, "tiny", chat_template=True)
+    items = {item.index: item for item in suite.items("search")}
+    prompts = [suite.preview(engine, items[sample["doc_id"]]).prompt for sample in expected]
+    assert prompts == [sample["arguments"][0][0] for sample in expected]
+    assert "Be brief" not in prompts[0]
+    assert (
+        caplog.text.count("the chat template takes no system message; tasks' descriptions are dropped") == 1
+    )
+    with pytest.raises(
+        UserError, match=r"suite\.system_instruction: the chat template takes no system message"
+    ):
+        build(tmp_path, tokenizer=chatty, chat_template=True, system_instruction="You count.")
+
+
 def test_a_template_by_name(tmp_path: Path, chatty: Any) -> None:
     write_task(tmp_path)
     chatty.chat_template = {"default": TEMPLATE, "rag": "RAG" + TEMPLATE}
