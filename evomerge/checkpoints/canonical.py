@@ -15,6 +15,7 @@ from typing import Any
 from evomerge.checkpoints.header import TensorInfo
 from evomerge.checkpoints.model_config import text_config
 from evomerge.checkpoints.names import OUTSIDE, is_buffer, is_outside
+from evomerge.errors import CheckpointError
 
 # Where multimodal checkpoints keep the language model, and its head: transformers 5's live form, the published
 # form of the LLaVA line (Gemma 3, Mistral 3, InternVL, …), and that of Idefics 3.
@@ -72,6 +73,9 @@ def canonical(infos: Iterable[TensorInfo], config: Mapping[str, Any]) -> dict[st
     Args:
         infos: as they lie in the files.
         config: the checkpoint's ``config.json``.
+
+    Raises:
+        CheckpointError: two tensors of the files have one canonical name, so one of them would be lost.
     """
     infos = [info for info in infos if not is_buffer(info.name)]
     prefix = _language_prefix(info.name for info in infos)
@@ -83,17 +87,23 @@ def canonical(infos: Iterable[TensorInfo], config: Mapping[str, Any]) -> dict[st
     for info in infos:
         name = _inside(info.name, prefix, towers)
         if name is None:
-            tensors[OUTSIDE + info.name] = info
+            _add(tensors, OUTSIDE + info.name, info)
             continue
         if missing and not name.startswith(("lm_head.", missing)):
             name = missing + name
         if kind == "gpt_neox" and name == "lm_head.weight":
             name = "embed_out.weight"
-        if experts is None:
-            tensors[name] = info
-        else:
-            tensors.update(_unfused(name, info, experts))
+        for own, part in [(name, info)] if experts is None else _unfused(name, info, experts):
+            _add(tensors, own, part)
     return tensors
+
+
+def _add(tensors: dict[str, TensorInfo], name: str, info: TensorInfo) -> None:
+    other = tensors.setdefault(name, info)
+    if other is not info:
+        raise CheckpointError(
+            f"{info.file}: the tensors '{other.name}' and '{info.name}' are both read as '{name}'; take one of them out"
+        )
 
 
 def language_prefix(tensors: Mapping[str, TensorInfo]) -> str:

@@ -52,6 +52,22 @@ def test_the_form_that_transformers_has_in_memory_opens_as_the_published_one(
     assert live.nbytes == published.nbytes
 
 
+def test_two_tensors_of_one_canonical_name_are_refused(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "m", kind="llama", tokenizer=False)
+    file = folder / "model.safetensors"
+    # Half of the checkpoint was renamed by hand, as a multimodal one has it; a head stands there twice.
+    weights = load_file(file)
+    weights = {name.replace("model.", "language_model.model.", 1): t.clone() for name, t in weights.items()}
+    weights["language_model.lm_head.weight"] = weights["lm_head.weight"] + 1
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(
+        CheckpointError,
+        match=r"model.safetensors: the tensors 'language_model.lm_head.weight' and 'lm_head.weight' are both read as "
+        r"'lm_head.weight'; take one of them out",
+    ):
+        open_checkpoint(folder)
+
+
 def test_fused_experts_are_read_chunk_by_chunk(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(make_model(tmp_path / "m", kind="mixtral", live_form=True, tokenizer=False))
     name = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
