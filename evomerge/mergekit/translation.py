@@ -33,8 +33,12 @@ class Peer:
     notes: list[str] = field(default_factory=list)
 
 
-def translated(name: str, dialect: str, values: Values) -> Peer:
+def translated(name: str, dialect: str, values: Values, *, transposed: bool = False) -> Peer:
     """Return what mergekit calls a merge.
+
+    Args:
+        name, dialect, values: of the merge.
+        transposed: whether the tensor is kept as (in, out), which mergekit does not look at.
 
     Raises:
         UserError: mergekit has no such method, or not this use of it.
@@ -47,11 +51,11 @@ def translated(name: str, dialect: str, values: Values) -> Peer:
         place = peer.shared if parameter.scope == "shared" else peer.own
         place[parameter.name] = values[parameter.name]
     if dialect == "paper":
-        _from_paper(peer)
+        _from_paper(peer, transposed)
     return peer
 
 
-def _from_paper(peer: Peer) -> None:
+def _from_paper(peer: Peer, transposed: bool) -> None:
     name, own, shared = peer.method, peer.own, peer.shared
     if name in ("dare_linear", "dare_ties"):
         # mergekit's rescaling goes by the tensor's sum of magnitudes; 1 / density goes into the weights.
@@ -78,12 +82,17 @@ def _from_paper(peer: Peer) -> None:
         shared["normalize"] = False
     elif name == "nuslerp":
         axis = shared.pop("axis")
-        shared |= {"nuslerp_flatten": axis == "none", "nuslerp_row_wise": axis == "in"}
+        shared |= {"nuslerp_flatten": axis == "none", "nuslerp_row_wise": (axis == "in") != transposed}
     elif name == "karcher":
         if len(set(own.pop("weight"))) > 1:
             raise UserError("karcher: mergekit weighs all models equally; these have weights of their own")
-    elif name == "model_stock" and not shared.pop("clamp"):
-        peer.notes.clear()
+    elif name == "model_stock":
+        if not shared.pop("clamp"):
+            peer.notes.clear()
+        if shared["filter_wise"] and transposed:
+            peer.notes.append(
+                "model_stock: where a layer is kept as (in, out), mergekit's filters are the weights of each input"
+            )
     elif name == "sce" and shared["select_topk"] < 1:
         peer.notes.append("sce: mergekit merges the selected entries only, and weighs the models by them")
 

@@ -121,7 +121,7 @@ class _Writer:
             raise UserError(
                 f"tensor '{job.name}': scales of merged layers have no counterpart in mergekit; use scale 1"
             )
-        return translated(job.method, job.dialect, job.values or {})
+        return translated(job.method, job.dialect, job.values or {}, transposed=job.transposed)
 
     def _one_method(self) -> str:
         examples: dict[str, str] = {}
@@ -158,7 +158,7 @@ class _Writer:
                 entry = self._entry(model, own)
                 ranged = {"model": entry["model"], "layer_range": [start, start + segment.count]}
                 sources.append(ranged | entry)
-            base = self._recipe.merges[segment.source].base if segment.source in self._recipe.merges else None
+            base = self._origin(segment.source)
             own_base = base is not None and base != self._base
             slices.append(
                 {
@@ -215,7 +215,8 @@ class _Writer:
         sources = [str(hop.model or hop.merge) for hop in self._recipe.path or ()] or list(
             self._recipe.merges
         )
-        base = next((m.base for source in sources if (m := self._recipe.merges.get(source))), None)
+        merges = [source for source in sources if source in self._recipe.merges]
+        base = self._origin(merges[0]) if merges else None
         donor = self._plan.donor
         if get_method(self._method).base_in("mergekit") == "optional origin" and base is None:
             self._notes.append(
@@ -229,7 +230,19 @@ class _Writer:
                 f"recipe '{donor}'s"
             )
             return self._recipe.merges[sources[0]].inputs[0]
+        if base is not None and self._recipe.path is None and base != donor:
+            self._notes.append(
+                f"config and tokenizer: mergekit takes those of '{base}', the recipe '{donor}'s"
+            )
         return base or donor
+
+    def _origin(self, source: str) -> str | None:
+        """The model that mergekit needs as base of a source; its slerp goes from the base to the other model."""
+        merge = self._recipe.merges.get(source)
+        if merge is None:
+            return None
+        from_first = merge.method == "slerp" and get_method("slerp").base_in(merge.dialect) == "unused"
+        return merge.inputs[0] if from_first else merge.base
 
     # Parameters.
 

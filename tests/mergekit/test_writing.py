@@ -111,6 +111,13 @@ EXACT: dict[str, dict[str, Any]] = {
             {"merge": "m", "layer": 3, "layers": {"a": 1}},
         ],
     },
+    "layers of slerps in either direction": {
+        "merges": {
+            "m": {"method": "slerp", "inputs": ["a", "b"], "parameters": {"t": 0.2}},
+            "n": {"method": "slerp", "inputs": ["b", "a"], "parameters": {"t": 0.3}},
+        },
+        "path": [{"merge": name, "layer": layer} for layer, name in enumerate("mnnm")],
+    },
     "layers of a model between those of an average": {
         "merges": {
             "m": {"method": "linear", "inputs": ["a", "b"], "parameters": {"weight": {"a": 1, "b": 2}}}
@@ -284,6 +291,36 @@ def test_every_method_is_written_with_parameters_that_mergekit_has(dialect: str)
         spec = registry.get(peer.method).spec
         assert set(peer.shared) <= {p.name for p in spec.shared_parameters}, name
         assert set(peer.own) <= {p.name for p in spec.input_parameters}, name
+
+
+def test_slerp_goes_from_its_first_input_whatever_the_base(
+    families: Families, peer: Peer, tmp_path: Path
+) -> None:
+    merge_ = {"method": "slerp", "base": "b", "inputs": ["a", "b"], "parameters": {"t": 0.2}}
+    recipe = recipe_of({"merge": merge_}, families)
+    written = to_mergekit(recipe, open_parents(recipe))
+    assert written.notes == ("config and tokenizer: mergekit takes those of 'a', the recipe 'b's",)
+    agree(read(merge(recipe, tmp_path / "ours", threads=1)), peer(written.document, tmp_path / "peer"))
+
+
+@pytest.mark.parametrize("axis", ["none", "in", "out"])
+def test_nuslerp_of_layers_that_are_kept_transposed(
+    axis: str, families: Families, peer: Peer, tmp_path: Path
+) -> None:
+    parameters = {"weight": {"a": 0.3, "b": 0.7}, "axis": axis}
+    merge_ = {"method": "nuslerp", "base": "base", "inputs": ["a", "b"], "parameters": parameters}
+    recipe = recipe_of({"merge": merge_}, families, "gpt2")
+    written = to_mergekit(recipe, open_parents(recipe))
+    agree(read(merge(recipe, tmp_path / "ours", threads=1)), peer(written.document, tmp_path / "peer"))
+
+
+def test_filters_of_layers_that_are_kept_transposed_are_others_in_mergekit(families: Families) -> None:
+    parameters = {"filter_wise": True, "clamp": False}
+    merge_ = {"method": "model_stock", "base": "base", "inputs": ["a", "b", "c"], "parameters": parameters}
+    for kind, note in (("gpt2", "where a layer is kept as (in, out), mergekit's filters"), ("llama", "")):
+        recipe = recipe_of({"merge": merge_}, families, kind)
+        notes = to_mergekit(recipe, open_parents(recipe)).notes
+        assert [note in said for said in notes] == ([True] if note else [])
 
 
 def test_scales_that_shift_the_norms_are_refused(families: Families) -> None:
