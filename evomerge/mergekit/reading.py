@@ -342,6 +342,11 @@ class _Reader:
             self.notes.append(
                 f"no base_model: config and tokenizer come from '{first}'; mergekit takes those of any of the models"
             )
+        base = document.base_model
+        if base is not None and all(base != reference for reference, _, _ in parts[0].sources):
+            self.notes.append(
+                f"base_model: the config comes from '{first}', whose layers come first; mergekit takes that of '{base}'"
+            )
 
 
 def _known_method(name: str) -> MergeMethod:

@@ -203,6 +203,17 @@ dtype: float16
             "dtype: float16 would be mergekit's arithmetic; here it is float32, rounded once at the end",
         )
 
+    def test_a_base_that_gives_no_layers_is_told(self) -> None:
+        slices = [{"sources": [{"model": m, "layer_range": [i, i + 1]}]} for i, m in enumerate("ab")]
+        stack = {"merge_method": "passthrough", "dtype": "float16", "slices": slices}
+        for base, told in (("c", True), ("a", False)):
+            found = from_mergekit({**stack, "base_model": base})
+            note = (
+                "base_model: the config comes from 'a', whose layers come first; mergekit takes that of 'c'"
+            )
+            assert (note in found.notes) is told
+            assert found.recipe.output.tokenizer == base
+
     def test_a_model_that_mergekit_leaves_out_of_the_head_is_told(self) -> None:
         slices = [
             {"sources": [{"model": "a", "layer_range": [0, 1]}]},
