@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,18 @@ def test_results_hold_everybody_on_unseen_items(finished: tuple[Path, evomerge.R
         entry = results["baselines"]["experts"].get(name) or results["baselines"][name]
         delta = results["winner"]["test"]["mean"] - entry["test"]["mean"]
         assert results["comparisons"][name]["delta"] == pytest.approx(delta)
+
+
+def test_the_documentation_knows_every_key_of_the_results(finished: tuple[Path, evomerge.Run]) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "results.md").read_text(encoding="utf-8")
+    documented = {word for span in re.findall(r"`([^`\n]+)`", text) for word in re.findall(r"\w+", span)}
+    results = finished[1].results
+    keys = {*results, *results["winner"], *results["comparisons"]["base"], *results["winner"]["test"]}
+    keys |= set(results["winner"]["test"]["tasks"]["tiny_a"])
+    assert keys - documented == set()
+    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    table = {key for row in rows for key in re.findall(r"`([a-z0-9_]+)`", row)}
+    assert table - set(results) == set()
 
 
 def test_fitness_is_the_weighted_mean_of_recorded_items(finished: tuple[Path, evomerge.Run]) -> None:
