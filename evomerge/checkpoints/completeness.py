@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.checkpoints.header import TensorInfo
-from evomerge.checkpoints.model_config import DEPTH_KEYS, nested_key, text_config
+from evomerge.checkpoints.model_config import DEPTH_KEYS, FIRST_DENSE_KEYS, nested_key, text_config
 from evomerge.checkpoints.names import parse
 from evomerge.errors import CheckpointError, at
 
@@ -39,6 +39,9 @@ def layer_count(config: Mapping[str, Any], file: Path | str, names: Iterable[str
             if type(count) is not int or count < 1:
                 raise CheckpointError(f"{at(file, nested + key)}{count!r} is not a positive whole number")
             return count
+    for key in _TYPE_LISTS:
+        if text.get(key):
+            return len(text[key])
     positions = [place for name in names if isinstance(place := parse(name).position, int)]
     if nested and positions:
         return 1 + max(positions)
@@ -88,7 +91,7 @@ def layer_kind(config: Mapping[str, Any], index: int, count: int) -> tuple[Any, 
     dense = config.get("mlp_only_layers") or []
     step = config.get("decoder_sparse_step") or 1
     kind.append(index in dense or (index + 1) % step != 0)
-    kind.append(index < (config.get("first_k_dense_replace") or 0))
+    kind += [index < (config.get(key) or 0) for key in FIRST_DENSE_KEYS]
     kind.append(
         index % (config.get("moe_layer_freq") or 1) if type(config.get("moe_layer_freq")) is int else 0
     )
@@ -103,8 +106,8 @@ def check_complete(names: Iterable[str], config: Mapping[str, Any], *, tied: boo
     """Refuse a checkpoint whose set of tensors cannot be right; the sentence names a tensor.
 
     Layers 0 to n−1 must all be there and have the same tensors, where the config gives layers of different
-    kinds (`layer_types` and the like) the same within a kind; there must be no further layer; an embedding
-    and, unless it is tied, a head.
+    kinds (`layer_types` and the like) the same within a kind, unless they differ in the model that transformers
+    builds; there must be no further layer; an embedding and, unless it is tied, a head.
 
     Args:
         names: of the tensors, buffers left out.
@@ -113,6 +116,7 @@ def check_complete(names: Iterable[str], config: Mapping[str, Any], *, tied: boo
         place: the folder, for errors.
     """
     names = list(names)
+    whole = config
     count = layer_count(config, place, names)
     config = text_config(config)
     layers: dict[int, set[str]] = {index: set() for index in range(count)}
@@ -131,6 +135,8 @@ def check_complete(names: Iterable[str], config: Mapping[str, Any], *, tied: boo
     kinds: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     for index in range(count):
         kinds[layer_kind(config, index, count)].append(index)
+    if any(len({frozenset(layers[index]) for index in members}) > 1 for members in kinds.values()):
+        kinds = _as_built(kinds, whole)
     for members in kinds.values():
         _check_alike({index: layers[index] for index in members}, place)
     if input_embedding(names) is None:
@@ -139,6 +145,21 @@ def check_complete(names: Iterable[str], config: Mapping[str, Any], *, tied: boo
         raise CheckpointError(
             f"{place}: '{head_name(config)}' is missing, and config.json says tie_word_embeddings: false"
         )
+
+
+def _as_built(
+    kinds: Mapping[tuple[Any, ...], list[int]], config: Mapping[str, Any]
+) -> dict[tuple[Any, ...], list[int]]:
+    """Part kinds of layers whose tensors differ in the model that transformers builds; it takes seconds."""
+    from evomerge.checkpoints.auto import layers_of_model
+
+    built = layers_of_model(config)
+    parted: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+    for kind, members in kinds.items():
+        for index in members:
+            stems = frozenset(built[index]) if index < len(built) else None
+            parted[*kind, stems].append(index)
+    return parted
 
 
 def _check_alike(layers: Mapping[int, set[str]], place: Path | str) -> None:

@@ -15,6 +15,9 @@ _TABLE_TYPES = ("codegen", "ctrl", "gptj")
 DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 """What configs call the number of layers, the usual name first."""
 
+FIRST_DENSE_KEYS = ("first_k_dense_replace", "num_dense_layers")
+"""What configs of mixtures call the number of layers, from the first on, that are no mixtures."""
+
 _NESTED = ("text_config", "llm_config", "language_config")
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from evomerge.checkpoints import Checkpoint
-from evomerge.checkpoints.model_config import DEPTH_KEYS, nested_key, text_config
+from evomerge.checkpoints.model_config import DEPTH_KEYS, FIRST_DENSE_KEYS, nested_key, text_config
 from evomerge.errors import CheckpointError
 from evomerge.recipe import Hop
 
@@ -41,6 +41,9 @@ _BY_INDEX: dict[str, tuple[tuple[Any, ...], str]] = {
     "expert_layer_period": ((None, 1), ""),
     "interleave_moe_layer_step": ((None, 1), "moe_layers"),
     "decoder_sparse_step": ((None, 1), "mlp_layer_types"),
+    "moe_layer_start_index": ((None, 0), ""),
+    "moe_layer_end_index": ((None, -1), ""),
+    "moe_layer_interval": ((None, 1), ""),
     "attention_types": ((None,), ""),
     "scale_attn_by_inverse_layer_idx": ((None, False), ""),
 }
@@ -56,7 +59,6 @@ _WINDOW_FROM = {"qwen2": 28, "qwen3": 28}
 _FULL_EVERY = {"gemma2": 2, "gemma3_text": 6, "cohere2": 4, "olmo3": 4}
 # Model types with `mlp_only_layers` beside `decoder_sparse_step`.
 _SPARSE_STEP = ("qwen2_moe", "qwen3_moe", "qwen3_next")
-_FIRST_DENSE = "first_k_dense_replace"
 
 
 def path_config(path: Sequence[Hop], donors: Sequence[Checkpoint]) -> dict[str, Any]:
@@ -81,8 +83,9 @@ def path_config(path: Sequence[Hop], donors: Sequence[Checkpoint]) -> dict[str, 
             text[key] = [i for i, hop in enumerate(path) if hop.layer in (texts[i].get(key) or [])]
         elif _is_per_layer(key, value, donors[0].num_layers):
             text[key] = [_entry(donors[i], texts[i], key, hop.layer) for i, hop in enumerate(path)]
-    if any(donor_text.get(_FIRST_DENSE) for donor_text in texts):
-        text[_FIRST_DENSE] = _leading_dense(path, donors, texts)
+    for key in FIRST_DENSE_KEYS:
+        if any(donor_text.get(key) for donor_text in texts):
+            text[key] = _leading_dense(key, path, donors, texts)
     depth = next((key for key in DEPTH_KEYS if isinstance(text.get(key), int)), DEPTH_KEYS[0])
     text[depth] = len(path)
     nested = nested_key(config)
@@ -111,7 +114,7 @@ def layer_settings(config: Mapping[str, Any], count: int) -> list[dict[str, Any]
                 settings[key] = index in value
             elif _is_per_layer(key, value, count):
                 settings[key] = value[index]
-            elif key == _FIRST_DENSE:
+            elif key in FIRST_DENSE_KEYS:
                 settings[key] = index < (value or 0)
     return each
 
@@ -120,7 +123,7 @@ def shared_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config without its depth and what it says of single layers."""
     text = text_config(config)
     count = next((text[key] for key in DEPTH_KEYS if isinstance(text.get(key), int)), 0)
-    own = (*DEPTH_KEYS, *_INDICES, _FIRST_DENSE)
+    own = (*DEPTH_KEYS, *_INDICES, *FIRST_DENSE_KEYS)
     rest = {k: v for k, v in text.items() if k not in own and not _is_per_layer(k, v, count)}
     nested = nested_key(config)
     return rest if nested is None else {**config, nested: rest}
@@ -128,7 +131,7 @@ def shared_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def depth_settings(text: Mapping[str, Any]) -> dict[str, Any]:
     """Return all of a language model's config that may speak of its depth or of single layers."""
-    own = (*DEPTH_KEYS, *_INDICES, _FIRST_DENSE)
+    own = (*DEPTH_KEYS, *_INDICES, *FIRST_DENSE_KEYS)
     return {key: value for key, value in text.items() if key in own or isinstance(value, list)}
 
 
@@ -144,7 +147,7 @@ def select_layers(config: Mapping[str, Any], layers: Sequence[int]) -> dict[str,
             text[key] = [place for place, layer in enumerate(layers) if layer in value]
         elif _is_per_layer(key, value, count):
             text[key] = [value[layer] for layer in layers]
-        elif key == _FIRST_DENSE:
+        elif key in FIRST_DENSE_KEYS:
             text[key] = sum(layer < (value or 0) for layer in layers)
     text[depth or DEPTH_KEYS[0]] = len(layers)
     return chosen
@@ -166,14 +169,14 @@ def _entry(donor: Checkpoint, config: Mapping[str, Any], key: str, layer: int) -
 
 
 def _leading_dense(
-    path: Sequence[Hop], donors: Sequence[Checkpoint], texts: Sequence[Mapping[str, Any]]
+    key: str, path: Sequence[Hop], donors: Sequence[Checkpoint], texts: Sequence[Mapping[str, Any]]
 ) -> int:
-    dense = [hop.layer < (text.get(_FIRST_DENSE) or 0) for hop, text in zip(path, texts, strict=True)]
+    dense = [hop.layer < (text.get(key) or 0) for hop, text in zip(path, texts, strict=True)]
     count = sum(dense)
     if not all(dense[:count]):
         index = next(i for i in range(len(path)) if dense[i] != (i < count))
         raise CheckpointError(
-            f"{donors[index].path}: config key '{_FIRST_DENSE}' makes the first layers dense, so in a path all "
+            f"{donors[index].path}: config key '{key}' makes the first layers dense, so in a path all "
             f"dense layers must come first; hop {index} is out of order"
         )
     return count

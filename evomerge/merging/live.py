@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    GenerationConfig,
-    PretrainedConfig,
-)
-from transformers import __version__ as transformers_version
-from transformers.initialization import no_init_weights
+from transformers import GenerationConfig
 
 from evomerge.checkpoints import Checkpoint
-from evomerge.errors import CheckpointError
+from evomerge.checkpoints.auto import build_model
 from evomerge.merging.binding import bind
 from evomerge.merging.execute import CHUNK, execute
 from evomerge.merging.layer_config import with_kinds
@@ -61,48 +50,13 @@ def live_model(
         The model in eval mode without gradients; buffers such as rotary frequencies are computed, tied
         weights are tied.
     """
-    built = live_config(config)
-    try:
-        with no_init_weights(), torch.device(device):
-            model = _auto_class(built).from_config(built, dtype=dtype, trust_remote_code=False)
-    except (ValueError, KeyError, StrictDataclassError) as error:
-        raise _cannot_build(built.model_type, error) from None
+    model = build_model(config, dtype, device)
     model.tie_weights()
     if generation is not None:
         set_generation(model, generation)
     model.requires_grad_(False)
     model.eval()
     return model  # type: ignore[no-any-return]
-
-
-def live_config(config: Mapping[str, Any]) -> PretrainedConfig:
-    """Return a Hugging Face config, given as plain data, as transformers has it.
-
-    Raises:
-        CheckpointError: the model type is unknown, or the config contradicts itself.
-    """
-    settings = {key: _plain(value) for key, value in copy.deepcopy(dict(config)).items() if key != "auto_map"}
-    kind = settings.pop("model_type", None)
-    if kind not in CONFIG_MAPPING:
-        raise CheckpointError(
-            f"model type '{kind}' cannot be built: this version of transformers ({transformers_version}) does "
-            "not know it; such models merge to disk, and cannot be scored in memory"
-        )
-    try:
-        return AutoConfig.for_model(kind, **settings)
-    except (ValueError, KeyError, StrictDataclassError) as error:
-        raise _cannot_build(kind, error) from None
-
-
-def _plain(value: Any) -> Any:
-    """Return a config's value with its numbers as such: transformers writes infinity as {"__float__": "Infinity"}."""
-    if isinstance(value, dict):
-        return (
-            float(value["__float__"])
-            if value.keys() == {"__float__"}
-            else {k: _plain(v) for k, v in value.items()}
-        )
-    return [*map(_plain, value)] if isinstance(value, list) else value
 
 
 def set_generation(model: nn.Module, generation: Path | Mapping[str, Any]) -> None:
@@ -113,21 +67,6 @@ def set_generation(model: nn.Module, generation: Path | Mapping[str, Any]) -> No
         model.generation_config = GenerationConfig.from_pretrained(generation)
     else:
         model.generation_config = GenerationConfig.from_model_config(model.config)
-
-
-def _cannot_build(kind: str, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        f"model type '{kind}' cannot be built as a causal language model: {str(error).splitlines()[0]}"
-    )
-
-
-def _auto_class(config: PretrainedConfig) -> Any:
-    """Return the class that builds a model with a causal head: multimodal ones may have a class of their own."""
-    if type(config) in AutoModelForCausalLM._model_mapping:
-        return AutoModelForCausalLM
-    if type(config) in AutoModelForImageTextToText._model_mapping:
-        return AutoModelForImageTextToText
-    return AutoModelForCausalLM
 
 
 class Materializer:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from evomerge.checkpoints.auto import auto_config
 from evomerge.checkpoints.completeness import layer_count
 from evomerge.checkpoints.model_config import text_config
 from evomerge.checkpoints.names import is_outside, parse
@@ -32,7 +33,7 @@ from evomerge.merging.layer_config import (
     select_layers,
     shared_settings,
 )
-from evomerge.merging.live import live_config, live_model, set_generation
+from evomerge.merging.live import live_model, set_generation
 from evomerge.merging.plan import ModelPlan, TensorJob
 from evomerge.merging.sinks import LiveSink
 
@@ -320,7 +321,7 @@ class _Shell:
         self.layers = nn.ModuleList(self._slot(index, kind) for index, kind in enumerate(tensors.kinds))
         before, _, name = self._list.rpartition(".")
         setattr(self.model.get_submodule(before), name, self.layers)
-        settings = depth_settings(vars(live_config(plan.config).get_text_config()))
+        settings = depth_settings(vars(auto_config(plan.config).get_text_config()))
         for config in self._configs.values():
             # As a whole: transformers checks each assignment, and the settings agree only together.
             vars(config).update(copy.deepcopy(settings))
