@@ -67,7 +67,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         "are in `results.jsonl`. All seeds share parents and test items, so parents and averages score the same "
         "in every row: "
         + ", ".join(f"{name} {score:.3f}" for name, score in rows[0]["baselines"].items())
-        + ".",
+        + ". Another kind of processor rounds otherwise, so it trains another zoo, with slightly other numbers.",
         "",
         f"Test columns: the winner's mean over all tasks, and its paired difference to the best parent ({best}), the "
         "uniform average and the search's starting point, with simultaneous 95 % intervals.",
