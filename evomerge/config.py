@@ -191,8 +191,9 @@ class Workers(Frozen):
     """Who does the work: Ray actors (local or of a cluster at `address`), or this process.
 
     Attributes:
-        cpus: cores of each worker. One that computes on the CPU has as many threads, which are part of its engine's
-            fingerprint: how a product is cut over threads changes its last bits.
+        cpus: cores of each worker, which merges as many tensors at once. One that computes on the CPU also has as
+            many threads, which are part of its engine's fingerprint: how a product is cut over threads changes its
+            last bits.
     """
 
     type: Literal["ray", "local"] = "ray"

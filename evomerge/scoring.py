@@ -216,7 +216,8 @@ class Subject:
 
         Args:
             settings: `device`, `batch_tokens` and `max_length` already decided.
-            threads: of one operation, on the CPU; None: as it is.
+            threads: of one operation on the CPU, and tensors that are merged at the same time; None: as it is, and
+                one.
             comfort: what to know before trying again.
 
         Raises:
@@ -227,7 +228,7 @@ class Subject:
         from evomerge.threads import threads_per_operation
 
         fixed = settings.device == "cpu" and threads
-        host = open_host(settings, self.checkpoints, self.tokenizer)
+        host = open_host(settings, self.checkpoints, self.tokenizer, threads=threads or 1)
         with (
             _told_of(self.label, comfort),
             threads_per_operation(fixed) if fixed else contextlib.nullcontext(),

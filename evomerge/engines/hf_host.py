@@ -22,14 +22,22 @@ class HFHost:
         settings: `device`, `batch_tokens` and `max_length` already decided.
         checkpoints: the parents, by the names that recipes use.
         tokenizer: of the merged models.
+        threads: tensors that are merged at the same time.
     """
 
-    def __init__(self, settings: EngineConfig, checkpoints: Mapping[str, Checkpoint], tokenizer: Any) -> None:
+    def __init__(
+        self,
+        settings: EngineConfig,
+        checkpoints: Mapping[str, Checkpoint],
+        tokenizer: Any,
+        *,
+        threads: int = 1,
+    ) -> None:
         from evomerge.merging import Materializer
 
         self._settings = settings
         self._tokenizer = tokenizer
-        self._materializer = Materializer(checkpoints, device=settings.device)
+        self._materializer = Materializer(checkpoints, device=settings.device, threads=threads)
         self._hops = SharedHops(budget(settings))
         self._engine: HFEngine | None = None
         self._held = ""

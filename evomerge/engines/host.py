@@ -76,13 +76,16 @@ def default_batch_tokens(kind: str, device: str) -> int:
     return hf.default_batch_tokens(device)
 
 
-def open_host(settings: EngineConfig, checkpoints: Mapping[str, Checkpoint], tokenizer: Any) -> Host:
+def open_host(
+    settings: EngineConfig, checkpoints: Mapping[str, Checkpoint], tokenizer: Any, *, threads: int = 1
+) -> Host:
     """Return the host that a config's `engine` asks for; the model is made with the first recipe.
 
     Args:
         settings: `device`, `batch_tokens` and `max_length` already decided.
         checkpoints: the parents, by the names that recipes use.
         tokenizer: of the merged models.
+        threads: tensors that are merged at the same time; they change no bit.
 
     Raises:
         UserError: the engine is not installed.
@@ -90,10 +93,10 @@ def open_host(settings: EngineConfig, checkpoints: Mapping[str, Checkpoint], tok
     if settings.type == "vllm":
         from evomerge.engines.vllm_host import VLLMHost
 
-        return VLLMHost(settings, checkpoints, tokenizer)
+        return VLLMHost(settings, checkpoints, tokenizer, threads=threads)
     from evomerge.engines.hf_host import HFHost
 
-    return HFHost(settings, checkpoints, tokenizer)
+    return HFHost(settings, checkpoints, tokenizer, threads=threads)
 
 
 def packing_name(settings: EngineConfig) -> str:

@@ -42,19 +42,27 @@ class VLLMHost:
         settings: `device`, `batch_tokens` and `max_length` already decided.
         checkpoints: the parents, by the names that recipes use.
         tokenizer: of the merged models.
+        threads: tensors that are merged at the same time.
 
     Raises:
         UserError: vLLM is not installed.
     """
 
-    def __init__(self, settings: EngineConfig, checkpoints: Mapping[str, Checkpoint], tokenizer: Any) -> None:
+    def __init__(
+        self,
+        settings: EngineConfig,
+        checkpoints: Mapping[str, Checkpoint],
+        tokenizer: Any,
+        *,
+        threads: int = 1,
+    ) -> None:
         vllm_options.require()
         from evomerge.merging.outflow import Outflow
 
         self._settings = settings
         self._checkpoints = checkpoints
         self._tokenizer = tokenizer
-        self._outflow = Outflow(checkpoints)
+        self._outflow = Outflow(checkpoints, threads=threads)
         self._engine: VLLMEngine | None = None
         self._shape: tuple[dict[str, Any], torch.dtype] | None = None
         self._held = ""

@@ -38,7 +38,7 @@ class WorkerSpec:
         suite, splits: what is scored.
         engine: how; `device`, `batch_tokens` and `max_length` already decided.
         splits_needed: the item sets to build.
-        threads: of one operation, on the CPU.
+        threads: of one operation on the CPU, and tensors that are merged at the same time.
         offline: forbid hub access.
         config_file: named in errors about the suite.
     """
@@ -165,7 +165,9 @@ class _Bench:
             torch.set_num_threads(spec.threads)
         checkpoints = _open(spec.sources)
         tokenizer = output_tokenizer(recipe, checkpoints)
-        self._open: Callable[[], Host] = lambda: open_host(spec.engine, checkpoints, tokenizer)
+        self._open: Callable[[], Host] = lambda: open_host(
+            spec.engine, checkpoints, tokenizer, threads=spec.threads
+        )
         self._host: Host | None = None
         self.fingerprint = ""
         self.suite = BuiltSuite.build(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import evomerge
 from evomerge.checkpoints import open_checkpoint
 from evomerge.cli import main
 from evomerge.errors import UserError
+from evomerge.merging import live
 from evomerge.searching.progress import LineDisplay, Silent, Status
 from tests.merging.helpers import digests, read
 from tests.models import make_model
@@ -75,6 +77,24 @@ def test_fitness_is_the_weighted_mean_of_recorded_items(finished: tuple[Path, ev
         mine = scores[(scores.recipe == row.recipe) & scores.block.isin(blocks)]
         means = mine.groupby("task").value.mean()
         assert row.fitness == pytest.approx((means.tiny_a + 2 * means.tiny_b) / 3)
+
+
+def test_a_worker_merges_with_all_of_its_cores(
+    family: dict[str, Path], tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[int] = []
+    execute = live.execute
+
+    def spied(*arguments: Any, **options: Any) -> None:
+        used.append(options["threads"])
+        execute(*arguments, **options)
+
+    monkeypatch.setattr(live, "execute", spied)
+    config = make_config(tmp_path, family, tasks, workers={"type": "local", "cpus": 2.5})
+    evomerge.search(config, run=tmp_path / "run", overrides=["budget.candidates=4"])
+    evomerge.evaluate(family["a"], config)
+    assert len(used) >= 9
+    assert set(used) == {2}
 
 
 def test_a_small_task_beside_a_large_one_is_in_every_generation(
