@@ -50,7 +50,7 @@ class Plan:
         candidates: the same in candidates.
         paths: the same of layer paths where they come second; the above is then the coefficients'.
         items: items of each split, by task and in all.
-        items_per_candidate: search items that each candidate answers.
+        items_per_candidate: search items that each candidate answers, at most.
         tasks: name → what is measured of it, and its share of the fitness.
         screened: how many of a generation the screen lets through to these; None if all.
         item_evaluations: what search, selection and the final comparison cost together.

@@ -72,9 +72,8 @@ class Setup:
 
     @property
     def items_per_candidate(self) -> int:
-        """Search items that one candidate answers in its generation."""
-        search = self.blocks["search"]
-        return round(sum(len(b.items) for b in search) * self.blocks_per_generation / len(search))
+        """Search items that one candidate answers in its generation, at most."""
+        return self._largest_draw("search")
 
     def screened(self, *, population: int, parents: int) -> int:
         """Return how many candidates of a generation answer the full suite: all, without a screen."""
@@ -84,13 +83,15 @@ class Setup:
         return places(screen.keep, population=population, parents=parents)
 
     def items_per_generation(self, *, population: int, parents: int) -> int:
-        """Return the search items that a generation answers, those of its screen included."""
+        """Return the search items that a generation answers at most, those of its screen included."""
         through = self.screened(population=population, parents=parents)
         if through == population:
             return population * self.items_per_candidate
-        search = self.blocks["search"]
-        asked = sum(len(b.items) for b in self.blocks["screen"]) * self.blocks_per_generation / len(search)
-        return through * self.items_per_candidate + population * round(asked)
+        return through * self.items_per_candidate + population * self._largest_draw("screen")
+
+    def _largest_draw(self, split: Split) -> int:
+        sizes = sorted((len(block.items) for block in self.blocks[split]), reverse=True)
+        return sum(sizes[: self.blocks_per_generation])
 
     def worker_spec(self, config_file: Path | str) -> WorkerSpec:
         """Return what each worker needs."""

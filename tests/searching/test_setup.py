@@ -15,11 +15,12 @@ from evomerge.config import Engine, load_config
 from evomerge.engines import probing
 from evomerge.errors import Stopped, UserError
 from evomerge.scoring import evaluate
+from evomerge.searching.phases import plan_phases
 from evomerge.searching.run import resume, search
 from evomerge.searching.setup import decide_output, decided, pin_revisions, set_up
 from evomerge.searching.store import Store
 from tests.models import make_family, make_model
-from tests.tasks import make_config
+from tests.tasks import make_config, make_tasks
 
 
 def test_a_base_of_mixed_formats_is_searched_in_one(tmp_path: Path, tasks: Path) -> None:
@@ -130,6 +131,16 @@ def test_the_test_items_of_an_unfinished_run_stay_closed(
         resume(run.path, budget={"candidates": 8})
     with pytest.raises(UserError, match="test items stay closed"):
         evaluate(run.path, config, split="test")
+
+
+def test_a_budget_of_items_pays_for_the_largest_blocks(family: dict[str, Path], tmp_path: Path) -> None:
+    tasks = make_tasks(tmp_path / "tasks", counts={"search": 27, "validation": 4, "test": 4})
+    path = make_config(tmp_path, family, tasks, budget={"item_evaluations": 2 * 4 * 16 - 1})
+    setup = set_up(load_config(path), file=path, weights=False)
+    assert {len(block.items) for block in setup.blocks["search"]} == {7, 8}
+    assert (setup.blocks_per_generation, setup.items_per_candidate) == (2, 16)
+    (phase,) = plan_phases(setup, setup.config.budget)
+    assert phase.generations == 1
 
 
 def test_a_search_on_a_gpu_asks_once_for_its_longest_text(
