@@ -61,8 +61,7 @@ def plan_phases(setup: Setup, budget: Budget, *, first: int | None = None) -> tu
     if first is None:
         one = _phase(setup, setup.space, config, _part(budget, 1 - share))
     else:
-        one = _phase(setup, setup.space, config, Budget(candidates=10**9))
-        one = Phase(one.space, one.optimizer, one.price, first, None)
+        one = Phase(setup.space, *_priced(setup, setup.space, config), generations=first, hours=None)
     spent = one.generations or 0
     rest = budget.model_copy(
         update={
@@ -73,9 +72,14 @@ def plan_phases(setup: Setup, budget: Budget, *, first: int | None = None) -> tu
     return one, _phase(setup, setup.paths, config.layers, rest)
 
 
-def _phase(setup: Setup, space: SearchSpace, config: OptimizerConfig, budget: Budget) -> Phase:
+def _priced(setup: Setup, space: SearchSpace, config: OptimizerConfig) -> tuple[Optimizer, int]:
+    """Return a space's optimiser, and the items that a generation of it answers."""
     optimizer = make_optimizer(config, space.coordinates, seed=setup.config.seed, variation=space.variation)
-    price = setup.items_per_generation(population=optimizer.population, parents=optimizer.parents)
+    return optimizer, setup.items_per_generation(population=optimizer.population, parents=optimizer.parents)
+
+
+def _phase(setup: Setup, space: SearchSpace, config: OptimizerConfig, budget: Budget) -> Phase:
+    optimizer, price = _priced(setup, space, config)
     try:
         generations = affordable(budget, population=optimizer.population, items_per_generation=price)
     except UserError as error:
