@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
@@ -178,7 +179,7 @@ class RayExecutor:
                 ray.init(address=self._config.address, **common)
             else:
                 count = self._config.count
-                cpus = _cores() if count == "auto" else max(1, round(int(count) * self._config.cpus))
+                cpus = _cores() if count == "auto" else math.ceil(int(count) * self._config.cpus)
                 ray.init(
                     address="local",
                     num_cpus=cpus,
@@ -206,13 +207,22 @@ class RayExecutor:
     def _count(self) -> int:
         import ray
 
-        if self._config.count != "auto":
-            return int(self._config.count)
         resources = ray.cluster_resources()
-        count = int(resources.get("CPU", 1) // self._config.cpus)
-        if self._gpus:
-            count = min(count, int(resources.get("GPU", 0) // self._gpus))
-        return max(1, count)
+        gpus = resources.get("GPU", 0)
+        if self._config.count != "auto":
+            count = int(self._config.count)
+        else:
+            count = int(resources.get("CPU", 1) // self._config.cpus)
+            if self._gpus:
+                count = min(count, int(gpus // self._gpus))
+            count = max(1, count)
+        # A cluster may still grow.
+        if not self._config.address and count * self._gpus > gpus:
+            raise UserError(
+                f"workers: {count} with {self._gpus:g} GPUs each, but Ray finds {gpus:g} on this machine; lower "
+                "workers.count or workers.gpus, or write engine.device: cpu"
+            )
+        return count
 
     def _gpus_per_worker(self) -> float:
         if self._spec.engine.device == "cpu":

@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,6 +23,7 @@ from evomerge.searching.rundir import open_run, read_status
 from evomerge.searching.setup import Setup, set_up
 from evomerge.workers.board import Board
 from evomerge.workers.executor import Executor
+from evomerge.workers.ray_executor import RayExecutor
 from evomerge.workers.work import Result, Work, WorkerLost
 from tests.tasks import make_config, make_tasks
 
@@ -88,6 +90,46 @@ def test_a_cluster_that_is_not_there_is_told_at_once(config: Path) -> None:
     with pytest.raises(InfrastructureError, match=r"workers.address 127.0.0.1:9"):
         executor_for(setup, config).start(setup.baselines["base"])
     assert time.monotonic() - started < 15
+
+
+class Asked(Exception):
+    """Ray was asked to start."""
+
+
+@pytest.mark.parametrize(
+    ("count", "cpus", "cores"), [(5, 0.5, 3), (3, 0.4, 2), (2, 0.4, 1), (1, 0.5, 1), (2, 3, 6)]
+)
+def test_the_cluster_has_room_for_all_workers(
+    count: int, cpus: float, cores: int, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    def init(**options: Any) -> None:
+        assert options["num_cpus"] == cores
+        raise Asked
+
+    setup = set_up(load_config(config, [f"workers.count={count}", f"workers.cpus={cpus}"]), file=config)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(Asked):
+        executor_for(setup, config).start(setup.baselines["base"])
+
+
+@pytest.mark.parametrize(("count", "found"), [("auto", 0), (2, 1)])
+def test_gpus_that_are_not_there_are_told_at_once(
+    count: int | str, found: int, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    overrides = ["engine.device=cuda", "engine.batch_tokens=512", f"workers.count={count}"]
+    setup = set_up(load_config(config, overrides), file=config)
+    executor = RayExecutor(setup.worker_spec(config), setup.config.workers)
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": float(found)})
+    with pytest.raises(
+        UserError, match=rf"workers: . with 1 GPUs each, but Ray finds {found} on this machine"
+    ):
+        executor.start(setup.baselines["base"])
 
 
 def test_ray_and_local_workers_score_alike(executor: Executor, setup: Setup) -> None:
