@@ -110,10 +110,9 @@ def _merge(options: argparse.Namespace) -> int:
     with (
         stoppable(f"{options.out} was not written"),
         progress_bar("reading the parents", "merging", in_bytes=True) as (show, say),
-        reading.in_file(),
     ):
         out = merge(
-            reading.recipe,
+            reading,
             options.out,
             max_shard_size=options.max_shard_size,
             progress=show,

@@ -10,7 +10,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ from evomerge.checkpoints.names import parse
 from evomerge.checkpoints.tokenizer import load_tokenizer, tokenizer_sha256, write_chat_templates
 from evomerge.environment import prepare
 from evomerge.errors import CandidateFailed, CheckpointError, UserError
-from evomerge.mergekit import open_recipe
+from evomerge.mergekit import Reading, open_recipe
 from evomerge.merging.chat import chosen_templates
 from evomerge.merging.execute import NonFinite, Progress, execute
 from evomerge.merging.parents import adapter_doubts, open_parents, open_sources
@@ -83,7 +83,7 @@ def __getattr__(name: str) -> Any:
 
 
 def merge(
-    recipe: Recipe | Path | str,
+    recipe: Recipe | Reading | Path | str,
     out: Path | str,
     *,
     max_shard_size: int | str = "5GB",
@@ -100,7 +100,8 @@ def merge(
     base; `evomerge_copied_tensors.txt` lists it. Memory stays bounded by a few chunks per thread.
 
     Args:
-        recipe: a recipe, or the path of its YAML file; a mergekit YAML is read in mergekit's dialect.
+        recipe: a recipe, or the path of its YAML file, or that file as it was read; a mergekit YAML is read in
+            mergekit's dialect.
         out: a folder that does not exist yet or is empty.
         max_shard_size: largest safetensors file, in bytes or as ``5GB``, ``500MB``, ``2GiB``.
         progress: called with (bytes written, bytes in all).
@@ -119,13 +120,18 @@ def merge(
             is in use.
         CheckpointError: a model cannot be used, or the merged weights are not finite.
     """
-    if not isinstance(recipe, Recipe):
-        reading = open_recipe(recipe)
-        for note in reading.notes:
+    if isinstance(recipe, Path | str):
+        recipe = open_recipe(recipe)
+        for note in recipe.notes:
             _log.warning("%s", note)
-        with reading.in_file():
-            return merge(
+    reading = Reading(recipe) if isinstance(recipe, Recipe) else recipe
+    with nullcontext() if reading is not recipe else reading.in_file():
+        prepare(offline=not reading.recipe.uses_hub)
+        checkpoints = open_parents(reading.recipe)
+        try:
+            return write_merge(
                 reading.recipe,
+                checkpoints,
                 out,
                 max_shard_size=max_shard_size,
                 progress=progress,
@@ -133,24 +139,11 @@ def merge(
                 report=report,
                 device=device,
                 compact=compact,
+                name_idle=reading is recipe,
             )
-    prepare(offline=not recipe.uses_hub)
-    checkpoints = open_parents(recipe)
-    try:
-        return write_merge(
-            recipe,
-            checkpoints,
-            out,
-            max_shard_size=max_shard_size,
-            progress=progress,
-            threads=threads,
-            report=report,
-            device=device,
-            compact=compact,
-        )
-    finally:
-        for checkpoint in checkpoints.values():
-            checkpoint.close()
+        finally:
+            for checkpoint in checkpoints.values():
+                checkpoint.close()
 
 
 def write_merge(
@@ -164,8 +157,13 @@ def write_merge(
     report: Report | None = None,
     device: str | None = None,
     compact: bool = False,
+    name_idle: bool = False,
 ) -> Path:
-    """Do what `merge` does with parents that are open already."""
+    """Do what `merge` does with parents that are open already.
+
+    Args:
+        name_idle: warn of rules that select no tensor, which in a recipe written by hand are slips of the pen.
+    """
     out = Path(out)
     place = _device(device)
     shard_bytes = parse_size(max_shard_size)
@@ -174,7 +172,7 @@ def write_merge(
     recipe = pin(recipe, checkpoints)
     plan = plan_merge(recipe, checkpoints)
     statistics = _statistics(recipe, checkpoints, report)
-    notes = (*plan.warnings, *_idle_rules(recipe, checkpoints))
+    notes = (*plan.warnings, *(_idle_rules(recipe, checkpoints) if name_idle else ()))
     for warning in (*notes, *without_statistics(plan, checkpoints, statistics)):
         _log.warning("%s", warning)
     same = _equal_tensors(plan) if compact else {job.name: job.name for job in plan.jobs}

@@ -153,8 +153,9 @@ class MergeMethod:
             wanted = (
                 f"exactly {low}" if low == high else f"at least {low}" if high is None else f"{low} to {high}"
             )
+            wanted += " input" if high == 1 else " inputs"
             counted = " with the base" if role.endswith("input") and base is not None else ""
-            raise ValueError(f"{place}: {self.name} takes {wanted} inputs, here are {count}{counted}")
+            raise ValueError(f"{place}: {self.name} takes {wanted}, here are {count}{counted}")
 
 
 _METHODS: dict[str, MergeMethod] = {}

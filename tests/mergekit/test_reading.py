@@ -320,7 +320,7 @@ def sources(*ranges: Any) -> list[dict[str, Any]]:
         ),
         (
             changed(merge_method="passthrough", parameters={}),
-            "models: passthrough takes exactly 1 inputs, here are 2",
+            "models: passthrough takes exactly 1 input, here are 2",
         ),
         (
             changed(merge_method="slerp", base_model="c", parameters={"t": 0.5}),
