@@ -26,7 +26,7 @@ def test_close_weights_become_the_inputs_bit_for_bit() -> None:
 
 def test_takes_one_input_and_no_negative_threshold() -> None:
     x = torch.ones(2)
-    with pytest.raises(ValueError, match="nearswap takes exactly 1 inputs, here are 2"):
+    with pytest.raises(ValueError, match="nearswap takes exactly 1 input, here are 2"):
         merge("nearswap", x, [x, x], t=1.0)
     with pytest.raises(ValueError, match=r"t: -1.0 lies outside \[0, inf\)"):
         merge("nearswap", x, [x], t=-1.0)

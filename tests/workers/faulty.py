@@ -75,11 +75,11 @@ class FaultyHost:
         return kind.loglikelihood(engine, requests)
 
 
-def open_faulty(*arguments: Any) -> FaultyHost:
+def open_faulty(*arguments: Any, **options: Any) -> FaultyHost:
     """Take the place of `evomerge.engines.open_host`."""
     from evomerge.engines.host import open_host
 
-    return FaultyHost(open_host(*arguments), Path(os.environ[PLAN]))
+    return FaultyHost(open_host(*arguments, **options), Path(os.environ[PLAN]))
 
 
 class FaultyWorker(Worker):

@@ -134,7 +134,7 @@ def test_an_engine_that_is_lost_each_time_stops_the_run_resumable(
 def test_an_engine_that_does_not_start_is_told_as_such(
     family: dict[str, Path], tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def too_large(*_: object) -> None:
+    def too_large(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 40 GiB")
 
     monkeypatch.setattr(evomerge.engines, "open_host", too_large)
