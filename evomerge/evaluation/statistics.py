@@ -8,7 +8,7 @@ tasks. Comparisons are paired, item by item. Bootstraps resample items within ea
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -175,54 +175,6 @@ def minimum_detectable_effect(
     k = z * z * math.fsum(share**2 / counts[task] for task, share in shares.items())
     effect = math.sqrt(k * p_disagree / (1 + k))
     return effect if effect <= p_disagree else k / (1 + k)
-
-
-def shrunk_scores(
-    candidates: Sequence[Sequence[tuple[str, float]]], *, item_weights: Mapping[str, float] | None = None
-) -> Array:
-    """Return each candidate's score, freed of the luck of its items and shrunk towards the mean of all.
-
-    Candidates may have answered different items, in different numbers. The model is y_ij = μ + θ_i + b_j + ε,
-    with normal candidate effects θ, item easiness b and noise ε, whose variances are estimated from the data
-    (empirical Bayes, by mean-field variational EM). The estimate is
-    μ + Σ_j (y_ij - μ - b_j) / (n_i + κ) with κ = var ε / var θ: few answers count little.
-
-    Args:
-        candidates: for each candidate its (item id, value) pairs.
-        item_weights: relative importance of the items; a weight acts as a number of repetitions.
-
-    Returns:
-        Float array of one score per candidate; without answers the overall mean.
-    """
-    who = np.repeat(np.arange(len(candidates)), [len(answers) for answers in candidates])
-    names = sorted({item for answers in candidates for item, _ in answers})
-    if not names:
-        return np.zeros(len(candidates))
-    place = {name: i for i, name in enumerate(names)}
-    item = np.array([place[name] for answers in candidates for name, _ in answers])
-    y = np.array([value for answers in candidates for _, value in answers], dtype=np.float64)
-    w = np.ones(len(names)) if item_weights is None else np.array([item_weights[name] for name in names])
-    w = (w / w.mean())[item]
-    answered = np.bincount(who, w, len(candidates))
-    asked = np.bincount(item, w, len(names))
-    mu = float(np.average(y, weights=w))
-    noise = max(float(np.average((y - mu) ** 2, weights=w)), 1e-12)
-    var_theta = var_b = noise
-    theta, b = np.zeros(len(candidates)), np.zeros(len(names))
-    for _ in range(1000):
-        before = theta
-        theta = np.bincount(who, w * (y - mu - b[item]), len(candidates)) / (answered + noise / var_theta)
-        b = np.bincount(item, w * (y - mu - theta[who]), len(names)) / (asked + noise / var_b)
-        mu = float(np.average(y - theta[who] - b[item], weights=w))
-        v_theta, v_b = noise / (answered + noise / var_theta), noise / (asked + noise / var_b)
-        residual = (y - mu - theta[who] - b[item]) ** 2 + v_theta[who] + v_b[item]
-        var_theta = max(float(np.mean((theta**2 + v_theta)[answered > 0])), 1e-12)
-        var_b = max(float(np.mean(b**2 + v_b)), 1e-12)
-        noise = max(float(np.sum(w * residual) / len(y)), 1e-12)
-        if float(np.abs(theta - before).max()) < 1e-9:
-            break
-    scores: Array = mu + theta
-    return scores
 
 
 def one_standard_error_choice(tables: Mapping[str, Table], weights: Mapping[str, float]) -> str:

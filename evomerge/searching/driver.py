@@ -228,6 +228,7 @@ class Driver:
                 decode=phase_space.decode,
                 shrunk=generations.shrunk(),
                 recipe_of=generations.recipe_of,
+                first=generations.first,
             )
             with self._store.transaction():
                 self._store.add_short_list(round_, entries)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import compress
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Protocol
 
 from evomerge.evaluation.items import Block
@@ -16,11 +16,12 @@ from evomerge.searching.budget import Allowance
 from evomerge.searching.draws import draw_blocks
 from evomerge.searching.futility import hopeless
 from evomerge.searching.plan import selection_items
-from evomerge.searching.ranking import ScoreTable, fitness_of, less, rank, shrunk
+from evomerge.searching.ranking import ScoreTable, fitness_of, less, rank, values_of
 from evomerge.searching.reporter import Reporter
 from evomerge.searching.rundir import RECIPE, write_atomically
 from evomerge.searching.scheduler import Scheduler
 from evomerge.searching.screening import Screened, come_through
+from evomerge.searching.shrinkage import Values, shrunk
 from evomerge.searching.store import CandidateRow, Store
 from evomerge.spaces.genotype import Genotype
 
@@ -52,6 +53,7 @@ class Generations:
         items_later: items that are answered between these generations and the run's selection.
 
     Attributes:
+        first: as given.
         means: the optimiser's mean after each generation, if it has one.
         count: generations so far, those before `first` included.
     """
@@ -74,16 +76,14 @@ class Generations:
         self._setup = setup
         self._space = space
         self._optimizer = optimizer
-        self._first = first
+        self.first = first
         self._items_later = items_later
         self._recipes: dict[int, str] = {}
         self.count = first
         self._scheduler = scheduler
         self._reporter = reporter
-        self._values: dict[int, list[tuple[str, float]]] = {}
-        search = setup.suite.items("search")
-        counts = Counter(item.task for item in search)
-        self._item_weights = {item.id: setup.suite.weights[item.task] / counts[item.task] for item in search}
+        self._answers: list[dict[str, Values]] = []
+        self._asked_first: dict[str, int] = {}
         self.means: list[Genotype] = []
 
     def run(self, allowance: Allowance) -> None:
@@ -99,7 +99,7 @@ class Generations:
                 return
             if recorded and allowance.ended is not None and generation >= allowance.ended:
                 return
-            asked = self._optimizer.ask(generation - self._first)
+            asked = self._optimizer.ask(generation - self.first)
             if not recorded:
                 self._add(generation, asked)
             check_replay(self._store, generation, asked, self._folder)
@@ -107,8 +107,9 @@ class Generations:
             self.count += 1
 
     def shrunk(self) -> Mapping[int, float]:
-        """Return candidate id → shrunk mean score of everything scored so far."""
-        return shrunk(self._values, self._item_weights)
+        """Return the shrunk score of each recipe that was scored so far, by the candidate that was it first."""
+        scores = shrunk(self._answers, self._setup.suite.weights)
+        return {self._asked_first[recipe]: score for recipe, score in scores.items()}
 
     def recipe_of(self, candidate: int) -> Recipe:
         """Return a candidate's recipe."""
@@ -137,7 +138,7 @@ class Generations:
         if not replayed:
             self._record(generation, told, allowance.spent_seconds)
         self._optimizer.tell(
-            generation - self._first,
+            generation - self.first,
             [
                 Told(row.genotype, row.rank or 0.0, row.fitness, _screened(outcome))
                 for row, outcome in zip(told, outcomes, strict=True)
@@ -146,9 +147,11 @@ class Generations:
         mean = self._optimizer.mean()
         if mean is not None:
             self.means.append(mean)
+        self._answers.append({})
         for row, outcome in zip(told, outcomes, strict=True):
             if isinstance(outcome, dict):
-                self._values[row.id] = [(s.item, s.value) for task in outcome.values() for s in task.values()]
+                self._asked_first.setdefault(row.recipe, row.id)
+                self._answers[-1][row.recipe] = values_of(outcome)
         if replayed:
             self._reporter.show(candidates=told[-1].id + 1)
         else:
@@ -268,14 +271,14 @@ class Generations:
             self._store.event("generation", generation=generation, best=best)
 
     def _report(self, generation: int, told: Sequence[CandidateRow]) -> None:
-        scored = sorted(row.fitness for row in told if row.fitness is not None)
+        scored = [row.fitness for row in told if row.fitness is not None]
         estimates = self.shrunk()
         incumbent = max(estimates, key=lambda i: (estimates[i], -i)) if estimates else None
         self._reporter.show(
             candidates=told[-1].id + 1,
             failed=self._store.counts()["failed"],
-            median=scored[len(scored) // 2] if scored else None,
-            best=scored[-1] if scored else None,
+            median=median(scored) if scored else None,
+            best=max(scored, default=None),
             incumbent=None if incumbent is None else estimates[incumbent],
         )
         if incumbent is not None:

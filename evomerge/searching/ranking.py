@@ -1,11 +1,11 @@
-"""Fitness, ranks and shrunk scores of candidates."""
+"""Fitness and ranks of candidates."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 from evomerge.evaluation.items import ItemScore
-from evomerge.evaluation.statistics import shrunk_scores, suite_mean
+from evomerge.evaluation.statistics import suite_mean
 
 ScoreTable = dict[str, dict[str, ItemScore]]
 
@@ -52,20 +52,3 @@ def rank(fitness: Sequence[float | None], screened: Sequence[float | None] | Non
             ranks[i] = (start + end - 1) / 2
         start = end
     return ranks
-
-
-def shrunk(
-    values: Mapping[int, Sequence[tuple[str, float]]], item_weights: Mapping[str, float]
-) -> dict[int, float]:
-    """Return candidate id → shrunk fitness, comparable between generations that saw other items.
-
-    Args:
-        values: candidate id → (item id, value) of everything it answered.
-        item_weights: item id → share of the item in the suite's fitness.
-    """
-    if not values:
-        return {}
-    ids = list(values)
-    return dict(
-        zip(ids, map(float, shrunk_scores([values[i] for i in ids], item_weights=item_weights)), strict=True)
-    )

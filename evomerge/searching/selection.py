@@ -24,11 +24,20 @@ def short_list(
     decode: Callable[[Genotype], Recipe],
     shrunk: Mapping[int, float],
     recipe_of: Callable[[int], Recipe],
+    first: int = 0,
 ) -> list[tuple[str, Recipe, int | None]]:
     """Return the recipes to validate, simplest first: (name, recipe, candidate id).
 
-    Parents, uniform, initial, the last mean, earlier means, and the candidates with the best shrunk scores.
-    A recipe that occurs twice is kept where it is simplest.
+    Parents, uniform, initial, the last mean, earlier means, and those candidates with the best shrunk scores that
+    are none of them. A recipe that occurs twice is kept where it is simplest.
+
+    Args:
+        baselines: by name.
+        means: the distribution's after each generation.
+        decode: of the space that was searched.
+        shrunk: candidate → score, of each recipe once.
+        recipe_of: gives a candidate's recipe.
+        first: number of the first generation, from 0.
     """
     entries: list[tuple[str, Recipe, int | None]] = [
         (name, recipe, None) for name, recipe in baselines.items() if name not in ("initial", "uniform")
@@ -38,12 +47,17 @@ def short_list(
         entries.append(("mean", decode(means[-1]), None))
         for share in sorted(SNAPSHOTS, reverse=True):
             generation = max(0, round(share * len(means)) - 1)
-            entries.append((f"mean after generation {generation + 1}", decode(means[generation]), None))
-    best = sorted(shrunk, key=lambda candidate: (-shrunk[candidate], candidate))[:ARCHIVE]
-    entries += [(f"candidate {candidate}", recipe_of(candidate), candidate) for candidate in best]
+            name = f"mean after generation {first + generation + 1}"
+            entries.append((name, decode(means[generation]), None))
     unique: dict[str, tuple[str, Recipe, int | None]] = {}
     for entry in entries:
         unique.setdefault(entry[1].hash, entry)
+    room = len(unique) + ARCHIVE
+    for candidate in sorted(shrunk, key=lambda candidate: (-shrunk[candidate], candidate)):
+        if len(unique) == room:
+            break
+        recipe = recipe_of(candidate)
+        unique.setdefault(recipe.hash, (f"candidate {candidate}", recipe, candidate))
     return list(unique.values())
 
 

@@ -13,7 +13,6 @@ from evomerge.evaluation.statistics import (
     minimum_detectable_effect,
     one_standard_error_choice,
     score,
-    shrunk_scores,
     suite_mean,
     wilson,
 )
@@ -277,84 +276,6 @@ def test_the_minimum_detectable_effect_never_exceeds_what_models_can_differ_by()
     )
     with pytest.raises(ValueError, match="at least one item"):
         minimum_detectable_effect({"a": 5, "b": 0}, TWO)
-
-
-def simulated(seed: int, candidates: int = 40, blocks: int = 8, size: int = 20, draw: int = 2):
-    """Candidates that each answered `draw` of the blocks: pairs, true scores and raw means."""
-    rng = np.random.default_rng(seed)
-    true = 0.5 + 0.05 * rng.standard_normal(candidates)
-    easiness = 0.25 * rng.standard_normal((blocks, size)) + 0.1 * rng.standard_normal((blocks, 1))
-    pairs, means = [], []
-    for theta in true:
-        answers = []
-        for block in rng.choice(blocks, draw, replace=False):
-            values = theta + easiness[block] + 0.2 * rng.standard_normal(size)
-            answers += [(f"{block}:{i}", float(v)) for i, v in enumerate(values)]
-        pairs.append(answers)
-        means.append(np.mean([v for _, v in answers]))
-    return pairs, true, np.array(means)
-
-
-def test_shrunk_scores_see_through_easy_blocks():
-    for seed in range(3):
-        pairs, true, means = simulated(seed)
-        shrunk = shrunk_scores(pairs)
-        centred = true - true.mean()
-        error = np.mean((shrunk - shrunk.mean() - centred) ** 2)
-        assert error < 0.5 * np.mean((means - means.mean() - centred) ** 2)
-        assert (
-            scipy.stats.spearmanr(shrunk, true).statistic > scipy.stats.spearmanr(means, true).statistic + 0.1
-        )
-
-
-def test_the_best_shrunk_score_is_not_optimistic_as_the_best_mean_is():
-    gaps = []
-    for seed in range(6):
-        pairs, true, means = simulated(100 + seed)
-        shrunk = shrunk_scores(pairs)
-        gaps.append((means.max() - true[means.argmax()], shrunk.max() - true[shrunk.argmax()]))
-    by_mean, by_shrunk = np.mean(gaps, axis=0)
-    assert by_shrunk < 0.5 * by_mean
-
-
-def test_shrinkage_pulls_in_few_answers_more_than_many():
-    rng = np.random.default_rng(0)
-    crowd = [
-        [(str(i), float(v)) for i, v in enumerate(coins(rng, 200, p))] for p in rng.uniform(0.3, 0.7, 30)
-    ]
-    lucky = [(str(i), 1.0) for i in range(3)]
-    steady = [(str(i), float(i % 10 < 9)) for i in range(200)]
-    scores = shrunk_scores([*crowd, lucky, steady])
-    assert scores[-1] > 0.8
-    assert scores[-2] < scores[-1]
-    assert scores[-2] > np.mean(scores)
-
-
-def test_on_the_same_items_shrinking_keeps_the_order_of_the_means():
-    rng = np.random.default_rng(5)
-    values = rng.random((10, 30)) + rng.random((10, 1))
-    scores = shrunk_scores([[(str(i), float(v)) for i, v in enumerate(row)] for row in values])
-    assert (scores.argsort() == values.mean(axis=1).argsort()).all()
-    assert scores.std() < values.mean(axis=1).std()
-
-
-def test_item_weights_count_as_repetitions():
-    rng = np.random.default_rng(6)
-    values = rng.random((8, 12)) + np.linspace(0, 1, 8)[:, None]
-    once = [[(str(i), float(v)) for i, v in enumerate(row)] for row in values]
-    assert shrunk_scores(once, item_weights=dict.fromkeys(map(str, range(12)), 7.0)) == pytest.approx(
-        shrunk_scores(once)
-    )
-    heavy = {str(i): 10.0 if i == 0 else 0.1 for i in range(12)}
-    by_first = shrunk_scores(once, item_weights=heavy)
-    assert np.corrcoef(by_first, values[:, 0])[0, 1] > np.corrcoef(shrunk_scores(once), values[:, 0])[0, 1]
-
-
-def test_shrinking_copes_with_degenerate_data():
-    assert shrunk_scores([]).tolist() == []
-    assert shrunk_scores([[], []]).tolist() == [0, 0]
-    assert shrunk_scores([[("x", 0.5)], [("x", 0.5)], []]) == pytest.approx([0.5] * 3, abs=1e-6)
-    assert np.isfinite(shrunk_scores([[("x", 1.0)], [("y", 0.0)]])).all()
 
 
 def test_the_simplest_within_one_standard_error_is_chosen():

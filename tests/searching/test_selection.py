@@ -72,13 +72,14 @@ def test_entries_that_failed_cannot_win() -> None:
 
 
 def test_the_short_list_is_ordered_from_simple_to_lucky_and_names_each_recipe_once() -> None:
-    made = {float(i): recipe(float(i)) for i in range(1, 9)}
+    made = {float(i): recipe(float(i)) for i in range(1, 10)}
     entries = short_list(
         baselines={"base": made[1.0], "a": made[2.0], "uniform": made[3.0], "initial": made[4.0]},
         means=[(4.0,), (5.0,), (6.0,), (7.0,)],
         decode=lambda genotype: made[genotype[0]],
         shrunk={0: 0.1, 1: 0.9, 2: 0.9, 3: 0.5},
-        recipe_of=lambda candidate: {1: made[7.0], 2: made[8.0]}[candidate],
+        recipe_of=lambda candidate: {1: made[7.0], 2: made[8.0], 3: made[9.0]}[candidate],
+        first=10,
     )
     assert [(name, candidate) for name, _, candidate in entries] == [
         ("base", None),
@@ -86,7 +87,8 @@ def test_the_short_list_is_ordered_from_simple_to_lucky_and_names_each_recipe_on
         ("uniform", None),
         ("initial", None),
         ("mean", None),
-        ("mean after generation 3", None),
-        ("mean after generation 2", None),
+        ("mean after generation 13", None),
+        ("mean after generation 12", None),
         ("candidate 2", 2),
+        ("candidate 3", 3),
     ]
