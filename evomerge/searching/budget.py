@@ -3,33 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from evomerge.config import Budget
 from evomerge.errors import UserError
 
 
-def affordable(budget: Budget, *, population: int, items_per_generation: int) -> int | None:
+@dataclass(frozen=True)
+class Spent:
+    """What earlier generations of another space have cost."""
+
+    candidates: int = 0
+    items: int = 0
+
+
+def affordable(
+    budget: Budget, *, population: int, items_per_generation: int, spent: Spent | None = None
+) -> int | None:
     """Return how many whole generations the count ceilings pay for; None if only time is limited.
+
+    Args:
+        budget: its ceilings count everything.
+        population: candidates of a generation.
+        items_per_generation: items that it answers.
+        spent: what was taken off before.
 
     Raises:
         UserError: not even one.
     """
+    before = spent or Spent()
     limits = []
     if budget.candidates is not None:
-        if budget.candidates < population:
+        if budget.candidates < before.candidates + population:
+            taken = f"the {before.candidates} of before and " if before.candidates else ""
             raise UserError(
-                f"budget.candidates: {budget.candidates} is less than one generation of {population}; give at "
-                f"least {population}, or set optimizer.population"
+                f"budget.candidates: {budget.candidates} is less than {taken}one generation of {population}; give at "
+                f"least {before.candidates + population}, or set optimizer.population"
             )
-        limits.append(budget.candidates // population)
+        limits.append((budget.candidates - before.candidates) // population)
     if budget.item_evaluations is not None:
         price = items_per_generation
-        if budget.item_evaluations < price:
+        if budget.item_evaluations < before.items + price:
+            taken = f"the {before.items} of before and " if before.items else ""
             raise UserError(
-                f"budget.item_evaluations: {budget.item_evaluations} is less than one generation of {population} "
-                f"candidates, which answers {price} items; give at least {price}"
+                f"budget.item_evaluations: {budget.item_evaluations} is less than {taken}one generation of "
+                f"{population} candidates, which answers {price} items; give at least {before.items + price}"
             )
-        limits.append(budget.item_evaluations // price)
+        limits.append((budget.item_evaluations - before.items) // price)
     return min(limits) if limits else None
 
 

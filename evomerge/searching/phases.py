@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from evomerge.config import Budget, OptimizerConfig
 from evomerge.errors import UserError
 from evomerge.optimizers import Optimizer, make_optimizer
-from evomerge.searching.budget import affordable
+from evomerge.searching.budget import Spent, affordable
 
 if TYPE_CHECKING:
     from evomerge.searching.setup import Setup
@@ -62,14 +62,9 @@ def plan_phases(setup: Setup, budget: Budget, *, first: int | None = None) -> tu
         one = _phase(setup, setup.space, config, _part(budget, 1 - share))
     else:
         one = Phase(setup.space, *_priced(setup, setup.space, config), generations=first, hours=None)
-    spent = one.generations or 0
-    rest = budget.model_copy(
-        update={
-            "candidates": _less(budget.candidates, spent * one.optimizer.population),
-            "item_evaluations": _less(budget.item_evaluations, spent * one.price),
-        }
-    )
-    return one, _phase(setup, setup.paths, config.layers, rest)
+    count = one.generations or 0
+    spent = Spent(count * one.optimizer.population, count * one.price)
+    return one, _phase(setup, setup.paths, config.layers, budget, spent)
 
 
 def _priced(setup: Setup, space: SearchSpace, config: OptimizerConfig) -> tuple[Optimizer, int]:
@@ -78,10 +73,14 @@ def _priced(setup: Setup, space: SearchSpace, config: OptimizerConfig) -> tuple[
     return optimizer, setup.items_per_generation(population=optimizer.population, parents=optimizer.parents)
 
 
-def _phase(setup: Setup, space: SearchSpace, config: OptimizerConfig, budget: Budget) -> Phase:
+def _phase(
+    setup: Setup, space: SearchSpace, config: OptimizerConfig, budget: Budget, spent: Spent | None = None
+) -> Phase:
     optimizer, price = _priced(setup, space, config)
     try:
-        generations = affordable(budget, population=optimizer.population, items_per_generation=price)
+        generations = affordable(
+            budget, population=optimizer.population, items_per_generation=price, spent=spent
+        )
     except UserError as error:
         if setup.paths is None:
             raise
@@ -104,7 +103,3 @@ def _part(budget: Budget, share: float) -> Budget:
         item_evaluations=part(budget.item_evaluations),
         hours=None if budget.hours is None else budget.hours * share,
     )
-
-
-def _less(count: int | None, spent: int) -> int | None:
-    return None if count is None else max(1, count - spent)

@@ -115,18 +115,25 @@ def _task_lines(tasks: Mapping[str, tuple[str, float]]) -> list[str]:
     )
 
 
-def plan_search(setup: Setup, budget: Budget, *, measured: tuple[float, float] | None = None) -> Plan:
+def plan_search(
+    setup: Setup,
+    budget: Budget,
+    *,
+    measured: tuple[float, float] | None = None,
+    first: int | None = None,
+) -> Plan:
     """Work out the size of a search.
 
     Args:
         setup: of the search.
         budget: its ceilings.
         measured: of a run that has begun, the mean seconds of a swap and its share of the workers' time.
+        first: generations of the first of two phases, where it has ended already.
 
     Raises:
         UserError: the budget does not pay for a generation, or the models cannot fit into the memory.
     """
-    phases = plan_phases(setup, budget)
+    phases = plan_phases(setup, budget, first=first)
     optimizer, generations = phases[0].optimizer, phases[0].generations
     population = optimizer.population
     through = setup.screened(population=population, parents=optimizer.parents)

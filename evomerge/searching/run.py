@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -202,7 +203,15 @@ def resume(
                 current = validate(Budget, merged, "--budget")
                 if current.layers is not None and not isinstance(config.space, TwoSpaces):
                     raise UserError("--budget: layers: needs space.type coefficients+layers; leave it out")
-            setup = _set_up(config, folder / CONFIG, display, budget=current, measured=_swap(store))
+                _check_time_left(store, current, budget)
+            setup = _set_up(
+                config,
+                folder / CONFIG,
+                display,
+                budget=current,
+                measured=_swap(store),
+                first=store.meta("first_phase_generations"),
+            )
             if budget:
                 store.set_meta(budget=current.model_dump(exclude_none=True))
         except BaseException:
@@ -210,6 +219,16 @@ def resume(
             raise
         _drive(folder, store, setup, current, display, yes=yes)
     return Run(folder)
+
+
+def _check_time_left(store: Store, budget: Budget, asked: Mapping[str, Any]) -> None:
+    """Refuse higher ceilings that change nothing because the run's time is over."""
+    hours = float(store.meta("wall_seconds", 0.0)) / 3600
+    if budget.hours is not None and "hours" not in asked and hours >= budget.hours:
+        raise UserError(
+            f"--budget: the run has taken {hours:.3g} hours of {budget.hours:g}, so it would not go on; give more of "
+            "them too, e.g. --budget hours=" + f"{math.ceil(2 * hours)}"
+        )
 
 
 def executor_for(setup: Setup, config_file: Path | str) -> Executor:
@@ -241,6 +260,7 @@ def _set_up(
     *,
     budget: Budget | None = None,
     measured: tuple[float, float] | None = None,
+    first: int | None = None,
 ) -> Setup:
     display.show(Status(state="starting", phase="starting"))
     prepare(offline=not config.uses_hub)
@@ -249,7 +269,7 @@ def _set_up(
     from evomerge.searching.setup import provide_statistics, set_up
 
     setup = set_up(config, file=file, tell=lambda phase: display.show(Status(state="starting", phase=phase)))
-    display.say(str(plan_search(setup, budget or config.budget, measured=measured)))
+    display.say(str(plan_search(setup, budget or config.budget, measured=measured, first=first)))
     if config.coefficients is not None and get_method(config.coefficients.method).needs:
         provide_statistics(setup, display.say)
     return setup

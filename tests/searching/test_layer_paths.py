@@ -18,7 +18,7 @@ from evomerge.errors import UserError
 from evomerge.merging import merge, paths
 from evomerge.searching import generations
 from evomerge.searching.phases import plan_phases
-from evomerge.searching.progress import sentence
+from evomerge.searching.progress import Silent, sentence
 from evomerge.searching.ranking import fitness_of
 from evomerge.searching.results import summary, verdict
 from evomerge.searching.setup import set_up
@@ -221,6 +221,50 @@ def test_the_share_of_each_phase_is_planned_and_one_too_small_is_refused(
         phases(candidates=6)
     with pytest.raises(UserError, match=r"share of the budget that layer paths get pays for no generation"):
         phases(candidates=12, layers=0.1)
+
+
+class Said(Silent):
+    """Keeps what a search says."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def test_a_resumed_run_is_planned_from_where_its_first_phase_ended(
+    family: dict[str, Path], tasks: Path, tmp_path: Path
+) -> None:
+    run = evomerge.search(two_phases(tmp_path, family, tasks), run=tmp_path / "run")
+    before = canonical(run.path)
+    with pytest.raises(
+        UserError, match=r"13 is less than the 8 of before and one generation of 6; give at least 14"
+    ):
+        evomerge.resume(run.path, budget={"candidates": 13})
+    # Nothing of it was kept.
+    evomerge.resume(run.path)
+    assert canonical(run.path) == before
+    said = Said()
+    # A share that would have paid for no coefficients is none of its business any more.
+    evomerge.resume(run.path, budget={"candidates": 26, "layers": 0.95}, display=said)
+    plan = "\n".join(said.lines)
+    assert "4 a generation x 2 generations = 8" in plan
+    assert "6 a generation x 3 generations = 18" in plan
+    assert len(run.candidates()) == 26
+
+
+def test_higher_ceilings_are_refused_where_the_time_is_over(
+    family: dict[str, Path], tasks: Path, tmp_path: Path
+) -> None:
+    config = make_config(tmp_path, family, tasks, budget={"hours": 1e-6})
+    run = evomerge.search(config, run=tmp_path / "run")
+    assert len(run.candidates()) == 4
+    with pytest.raises(
+        UserError, match=r"--budget: the run has taken .* hours of 1e-06, so it would not go on"
+    ):
+        evomerge.resume(run.path, budget={"candidates": 12})
+    assert len(evomerge.resume(run.path, budget={"candidates": 12, "hours": 1}).candidates()) == 12
 
 
 def test_a_run_of_one_phase_has_no_share_for_layer_paths(
