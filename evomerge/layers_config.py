@@ -107,7 +107,7 @@ class LayerSpace(Frozen):
         if high < layers:
             raise ValueError(
                 f"max_layers: {high} is less than the {layers} layers of '{self.pool[0]}', with which the search "
-                "starts; for a shorter model set length_penalty"
+                "starts; to rank shorter paths higher set length_penalty"
             )
         if len(self.pool) == 1 and self.repeats == 1 and low == layers:
             raise ValueError(

@@ -10,6 +10,7 @@ from evomerge.config import OptimizerConfig
 from evomerge.optimizers.base import Told, initial_of, population_size
 from evomerge.randomness import generator
 from evomerge.spaces.genotype import Coordinate, Genotype
+from evomerge.spaces.units import to_unit
 
 
 class RandomSearch:
@@ -25,8 +26,7 @@ class RandomSearch:
         """Return `population` genotypes; they depend on seed and generation alone."""
         rng = generator(self._seed, "random search", generation)
         drawn = [
-            tuple(_choice(c, rng) if c.kind == "choice" else float(rng.random()) for c in self._coordinates)
-            for _ in range(self.population)
+            tuple(_draw(coordinate, rng) for coordinate in self._coordinates) for _ in range(self.population)
         ]
         return [initial_of(self._coordinates), *drawn[1:]] if generation == 0 else drawn
 
@@ -38,7 +38,12 @@ class RandomSearch:
         return None
 
 
-def _choice(coordinate: Coordinate, rng: np.random.Generator) -> float:
+def _draw(coordinate: Coordinate, rng: np.random.Generator) -> float:
+    if coordinate.kind == "integer" and not coordinate.log:
+        low, high = int(coordinate.low), int(coordinate.high)
+        return to_unit(float(rng.integers(low, high + 1)), low, high, log=False)
+    if coordinate.kind != "choice":
+        return float(rng.random())
     if not coordinate.weights:
         return float(rng.integers(len(coordinate.choices)))
     return float(np.searchsorted(np.cumsum(coordinate.weights[:-1]), rng.random(), side="right"))

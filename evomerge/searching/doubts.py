@@ -67,6 +67,11 @@ def large_blocks(sizes: Mapping[str, int], blocks: int, config: Config) -> tuple
     smallest = min(sizes, key=lambda task: sizes[task])
     answered = round(sum(sizes.values()) / blocks)
     wanted = wanted_items(len(sizes), config.suite.items_per_candidate)
+    if wanted < len(sizes):
+        return (
+            f"each candidate answers {answered} items instead of {wanted}, one of each of the {len(sizes)} tasks at "
+            "least; raise suite.items_per_candidate",
+        )
     if blocks < sizes[smallest] or answered <= 1.5 * wanted:
         return ()
     return (

@@ -72,16 +72,18 @@ def _leader(run: Run) -> str:
 def _table(run: Run, out: Path, format_: str) -> str:
     rows = run.candidate_rows()
     columns = ["id", "generation", "position", "status", "fitness", "rank", "reason", "recipe"]
-    dimension = len(rows[0].genotype) if rows else 0
+    # Layer paths that come after coefficients have other numbers, and more of them.
+    dimension = max((len(row.genotype) for row in rows), default=0)
+    numbers = [[*row.genotype, *[None] * (dimension - len(row.genotype))] for row in rows]
     if format_ == "parquet":
         frame = run.candidates()
         for i in range(dimension):
-            frame[f"x{i}"] = [row.genotype[i] for row in rows]
+            frame[f"x{i}"] = [row[i] for row in numbers]
         frame.drop(columns="genotype").to_parquet(out)
     else:
         with out.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow([*columns, *(f"x{i}" for i in range(dimension))])
-            for row in rows:
-                writer.writerow([*(getattr(row, column) for column in columns), *row.genotype])
+            for row, own in zip(rows, numbers, strict=True):
+                writer.writerow([*(getattr(row, column) for column in columns), *own])
     return f"{len(rows)} candidates of {run.path} are in {out}"

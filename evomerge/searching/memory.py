@@ -17,6 +17,7 @@ from evomerge.memory import available_memory, copy_bandwidth
 from evomerge.merging import MergePlan, plan_merge
 from evomerge.merging.paths import path_room
 from evomerge.spaces import PathSpace
+from evomerge.workers.executor import times
 
 if TYPE_CHECKING:
     from evomerge.searching.setup import Setup
@@ -299,9 +300,9 @@ def _workers(config: Config, gpus: tuple[int, ...], on_host: int, available: int
     if settings.count != "auto":
         return int(settings.count)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count = int(cores // settings.cpus)
+    count = times(settings.cpus, cores)
     if gpus:
-        count = min(count, int(len(gpus) / _gpus_per_worker(config)))
+        count = min(count, times(_gpus_per_worker(config), len(gpus)))
     if available is not None:
         count = min(count, available // max(1, on_host))
     return max(1, count)

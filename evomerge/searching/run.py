@@ -79,6 +79,8 @@ class Run:
         """Return the recipe of one candidate by its number."""
         with self._store() as store:
             rows = {row.id: row for row in store.candidates()}
+            if not rows:
+                raise UserError(f"{self.path}: has no candidates yet")
             if number not in rows:
                 raise UserError(f"{self.path}: there is no candidate {number}; they are 0 to {len(rows) - 1}")
             return store.recipe(rows[number].recipe)

@@ -122,7 +122,8 @@ def read_status(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: is not a status; 'evomerge resume {folder}' writes it anew") from None
     if data.get("state") in ("starting", "running", "selecting") and not _alive(data):
         data["state"] = "interrupted"
-    return dict(data)
+    # A run may have been moved since.
+    return {**data, "run": str(folder)}
 
 
 def _alive(status: dict[str, Any]) -> bool:

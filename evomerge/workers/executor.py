@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -13,6 +14,11 @@ if TYPE_CHECKING:
     from evomerge.evaluation.suite import Preview
 
 Event = Result | WorkerLost
+
+
+def times(share: float, whole: float) -> int:
+    """Return how often a share of a machine fits into what there is of it: ten times 0.2 into 2, unlike ``//``."""
+    return math.floor(whole / share + 1e-9)
 
 
 class Executor(Protocol):

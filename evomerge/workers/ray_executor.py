@@ -20,7 +20,7 @@ from evomerge.errors import EvomergeError, InfrastructureError, UserError
 from evomerge.evaluation.items import Item
 from evomerge.recipe import Recipe
 from evomerge.workers.board import Board
-from evomerge.workers.executor import Event
+from evomerge.workers.executor import Event, times
 from evomerge.workers.queue import take
 from evomerge.workers.work import Work, WorkerLost
 from evomerge.workers.worker import Worker, WorkerSpec
@@ -48,6 +48,7 @@ class _Slot:
     held: Recipe | None = None
     starting: bool = field(default=True)
     losses: int = 0
+    since: float = field(default_factory=time.monotonic)
 
 
 class RayExecutor:
@@ -70,7 +71,7 @@ class RayExecutor:
     @property
     def workers(self) -> int:
         """See `Executor.workers`."""
-        return len(self._slots)
+        return sum(not slot.starting for slot in self._slots)
 
     def start(self, recipe: Recipe, tell: Callable[[str], None] = lambda phase: None) -> str:
         """See `Executor.start`."""
@@ -122,6 +123,7 @@ class RayExecutor:
             return None
         ready, _ = ray.wait(list(tasks), num_returns=1, timeout=timeout)
         if not ready:
+            self._check_room()
             self._listen()
             return None
         slot = tasks[ready[0]]
@@ -179,7 +181,7 @@ class RayExecutor:
                 ray.init(address=self._config.address, **common)
             else:
                 count = self._config.count
-                cpus = _cores() if count == "auto" else math.ceil(int(count) * self._config.cpus)
+                cpus = _cores() if count == "auto" else math.ceil(int(count) * self._config.cpus - 1e-9)
                 ray.init(
                     address="local",
                     num_cpus=cpus,
@@ -212,12 +214,12 @@ class RayExecutor:
         if self._config.count != "auto":
             count = int(self._config.count)
         else:
-            count = int(resources.get("CPU", 1) // self._config.cpus)
+            count = times(self._config.cpus, resources.get("CPU", 1))
             if self._gpus:
-                count = min(count, int(gpus // self._gpus))
+                count = min(count, times(self._gpus, gpus))
             count = max(1, count)
         # A cluster may still grow.
-        if not self._config.address and count * self._gpus > gpus:
+        if not self._config.address and count * self._gpus > gpus + 1e-9:
             raise UserError(
                 f"workers: {count} with {self._gpus:g} GPUs each, but Ray finds {gpus:g} on this machine; lower "
                 "workers.count or workers.gpus, or write engine.device: cpu"
@@ -256,6 +258,12 @@ class RayExecutor:
             f"{self._gpus:g} GPUs, and the cluster has {free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs "
             "free; lower workers.count, or free the cluster"
         )
+
+    def _check_room(self) -> None:
+        """Stop waiting for the replacement of the last worker, where it gets no place."""
+        waiting = [slot for slot in self._slots if time.monotonic() - slot.since > START_TIMEOUT]
+        if all(slot.starting for slot in self._slots) and len(waiting) == len(self._slots):
+            raise InfrastructureError(self._no_room(waiting[0].name))
 
     def _assign(self) -> None:
         for slot in self._slots:

@@ -33,6 +33,14 @@ def test_tpe_beats_random_search():
     assert all(best("tpe", sphere, 6, seed) > best("random", sphere, 6, seed) for seed in range(3))
 
 
+def test_random_search_draws_every_integer_alike():
+    whole = Coordinate("k", "integer", 1.0, 4.0, 0.0)
+    optimizer = make("random", [whole], population=2000)
+    optimizer.ask(0)
+    found = [to_value(whole, genotype[0]) for genotype in optimizer.ask(1)]
+    assert np.bincount(np.array(found, dtype=int))[1:] == pytest.approx([500] * 4, abs=90)
+
+
 @pytest.mark.parametrize("dimension", [1, 2, 6])
 def test_the_mean_of_cma_approaches_the_optimum(dimension):
     optimizer = make("cma", floats(dimension), seed=1)

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 import torch
 
 import evomerge
+from evomerge.cli import main
 from evomerge.config import load_config
 from evomerge.errors import UserError
 from evomerge.merging import merge, paths
@@ -181,6 +183,11 @@ def test_coefficients_come_first_and_their_winner_joins_the_pool(
     assert "merged" in results["comparisons"]
     assert results["dimension"] == 6 + 42
     assert "the winner of the coefficients" in verdict(results)
+    table = tmp_path / "candidates.csv"
+    assert main(["export", str(run.path), "--out", str(table), "--format", "csv"]) == 0
+    frame = pandas.read_csv(table)
+    assert [*frame.columns[-2:]] == ["x40", "x41"]
+    assert frame.filter(regex=r"x\d+").notna().sum(axis=1).tolist() == [6] * 8 + [42] * 12
 
     again = evomerge.resume(run.path, budget={"candidates": 26})
     assert len(again.candidate_rows()) == 26

@@ -175,6 +175,14 @@ def test_a_living_driver_is_running_and_a_dead_one_interrupted(tmp_path: Path) -
         assert read_status(tmp_path)["state"] == state
 
 
+def test_a_run_that_was_moved_is_called_by_its_new_name(tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    write_status(old, state="stopped", pid=dead_pid())
+    old.rename(new)
+    assert read_status(new)["run"] == str(new)
+
+
 def test_a_driver_on_another_host_is_taken_at_its_word(tmp_path: Path) -> None:
     write_status(tmp_path, pid=dead_pid(), host="another-host")
     assert read_status(tmp_path)["state"] == "running"

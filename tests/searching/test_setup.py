@@ -175,6 +175,10 @@ def test_a_search_on_a_gpu_asks_once_for_its_longest_text(
     ("changes", "warning"),
     [
         (
+            {"suite": {"tasks": ["tiny_a", "tiny_b"], "items_per_candidate": 1}},
+            "each candidate answers 2 items instead of 1, one of each of the 2 tasks at least; raise suite.items",
+        ),
+        (
             {"optimizer": {"type": "tpe", "sigma": 0.1}},
             "optimizer.sigma: 0.1 has no effect: tpe takes no first",
         ),
@@ -207,6 +211,8 @@ def test_what_has_no_effect_is_announced(
     changes: dict[str, Any], warning: str, family: dict[str, Path], tasks: Path, tmp_path: Path
 ) -> None:
     def warnings(**changes: Any) -> tuple[str, ...]:
+        if "suite" in changes:
+            changes = {**changes, "suite": {**changes["suite"], "include": [str(tasks)]}}
         path = make_config(tmp_path, family, tasks, **changes)
         return set_up(load_config(path), file=path, weights=False).warnings
 
