@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence, Set
 
 import numpy as np
 
@@ -51,8 +51,10 @@ class EditEA:
         """Return the parents, then their children; in generation 0 the first is the initial genotype."""
         rng = generator(self._seed, "edits", generation)
         asked = list(self._parents)
+        taken = {self._variation.steps(parent) for parent in asked}
         while len(asked) < self.population:
-            asked.append(self._child(asked, rng))
+            asked.append(self._child(taken, rng))
+            taken.add(self._variation.steps(asked[-1]))
         self._asked = asked
         return list(asked)
 
@@ -65,21 +67,23 @@ class EditEA:
         outcomes = in_order_of_asking(self._asked, told)
         self._told_any = True
         scored = [(outcome.rank, place) for place, outcome in outcomes if outcome.fitness is not None]
-        best = dict.fromkeys(self._asked[place] for _, place in sorted(scored))
+        best: dict[Hashable, Genotype] = {}
+        for _, place in sorted(scored):
+            best.setdefault(self._variation.steps(self._asked[place]), self._asked[place])
         if best:
-            self._parents = list(best)[: self.parents]
+            self._parents = list(best.values())[: self.parents]
 
     def mean(self) -> Genotype | None:
         """Return the best parent."""
         return self._parents[0] if self._told_any else None
 
-    def _child(self, taken: Sequence[Genotype], rng: np.random.Generator) -> Genotype:
+    def _child(self, taken: Set[Hashable], rng: np.random.Generator) -> Genotype:
         for _ in range(TRIES):
             parent = self._parents[int(rng.integers(len(self._parents)))]
             if len(self._parents) > 1 and rng.random() < CROSSED:
                 other = self._parents[int(rng.integers(len(self._parents)))]
                 parent = self._variation.cross(parent, other, rng)
             child = self._variation.mutate(parent, rng)
-            if child not in taken:
+            if self._variation.steps(child) not in taken:
                 break
         return child

@@ -84,6 +84,7 @@ class Generations:
         self._reporter = reporter
         self._answers: list[dict[str, Values]] = []
         self._asked_first: dict[str, int] = {}
+        self._replayed = 0
         self.means: list[Genotype] = []
 
     def run(self, allowance: Allowance) -> None:
@@ -95,9 +96,10 @@ class Generations:
         while True:
             generation = self.count
             recorded = self._store.generation_blocks(generation) is not None
-            if not recorded and not allowance.covers(generation):
-                return
-            if recorded and allowance.ended is not None and generation >= allowance.ended:
+            ended = recorded and allowance.ended is not None and generation >= allowance.ended
+            if ended or not recorded:
+                self._show_replayed()
+            if ended or not (recorded or allowance.covers(generation)):
                 return
             asked = self._optimizer.ask(generation - self.first)
             if not recorded:
@@ -153,9 +155,15 @@ class Generations:
                 self._asked_first.setdefault(row.recipe, row.id)
                 self._answers[-1][row.recipe] = values_of(outcome)
         if replayed:
-            self._reporter.show(candidates=told[-1].id + 1)
+            self._replayed = told[-1].id + 1
         else:
             self._report(generation, told)
+
+    def _show_replayed(self) -> None:
+        """Say once how far what is recorded goes."""
+        if self._replayed:
+            self._reporter.show(candidates=self._replayed, phase=f"replayed {self._replayed} candidates")
+            self._replayed = 0
 
     def _outcomes(
         self, generation: int, recipes: Sequence[Recipe], blocks: Sequence[Block], allowance: Allowance | None

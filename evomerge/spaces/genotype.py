@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -54,4 +55,8 @@ class Variation(Protocol):
 
     def cross(self, one: Genotype, other: Genotype, rng: np.random.Generator) -> Genotype:
         """Return a genotype that has something of both."""
+        ...
+
+    def steps(self, genotype: Genotype) -> Hashable:
+        """Return what a genotype stands for: the same of two that are one recipe."""
         ...

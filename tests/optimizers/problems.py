@@ -51,7 +51,8 @@ def mixed() -> list[Coordinate]:
 
 
 def genome(name: str, layers: int = 6, **options: object) -> Genome:
-    space = LayerSpace(pool=("a", "b"), genome=name, **{"scale": {"range": [0.5, 2.0]}, **options})
+    defaults = {"pool": ("a", "b"), "scale": {"range": [0.5, 2.0]}}
+    space = LayerSpace(genome=name, **{**defaults, **options})
     return Edits(space, layers) if name == "edits" else Indicators(space, layers)
 
 

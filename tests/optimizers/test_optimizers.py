@@ -177,6 +177,22 @@ def test_the_edit_ea_finds_a_path(name):
     assert fitness(mean) == 1
 
 
+def test_the_edit_ea_asks_no_path_twice():
+    # Of one model's layers alone, edits that overlap are often the same path.
+    paths = genome("edits", layers=8, pool=("a",), scale=1.0)
+    optimizer = make("edits", paths, seed=5, population=16)
+    asks = optimizer.ask(0)
+    for generation in range(12):
+        steps = [paths.steps(genotype) for genotype in asks]
+        assert len(set(steps)) == len(steps)
+        # Short paths are the best, so that edits pile up.
+        told = [Told(g, float(len(s)), -float(len(s))) for g, s in zip(asks, steps, strict=True)]
+        optimizer.tell(generation, told)
+        asks = optimizer.ask(generation + 1)
+        parents = {paths.steps(genotype) for genotype in asks[:4]}
+        assert len(parents) == 4
+
+
 def test_the_edit_ea_asks_its_parents_again_and_no_genotype_twice():
     paths = genome("edits")
     optimizer = make("edits", paths, seed=3, population=16)

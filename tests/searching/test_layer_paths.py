@@ -20,7 +20,7 @@ from evomerge.errors import UserError
 from evomerge.merging import merge, paths
 from evomerge.searching import generations
 from evomerge.searching.phases import plan_phases
-from evomerge.searching.progress import Silent, sentence
+from evomerge.searching.progress import Silent, Status, sentence
 from evomerge.searching.ranking import fitness_of
 from evomerge.searching.results import summary, verdict
 from evomerge.searching.setup import set_up
@@ -235,6 +235,10 @@ class Said(Silent):
 
     def __init__(self) -> None:
         self.lines: list[str] = []
+        self.phases: list[str] = []
+
+    def show(self, status: Status) -> None:
+        self.phases.append(status.phase)
 
     def say(self, text: str) -> None:
         self.lines.append(text)
@@ -256,6 +260,10 @@ def test_a_resumed_run_is_planned_from_where_its_first_phase_ended(
     # A share that would have paid for no coefficients is none of its business any more.
     evomerge.resume(run.path, budget={"candidates": 26, "layers": 0.95}, display=said)
     plan = "\n".join(said.lines)
+    assert [phase for phase in said.phases if "replayed" in phase] == [
+        "replayed 8 candidates",
+        "replayed 20 candidates",
+    ]
     assert "4 a generation x 2 generations = 8" in plan
     assert "6 a generation x 3 generations = 18" in plan
     assert len(run.candidates()) == 26
