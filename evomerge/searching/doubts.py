@@ -56,17 +56,23 @@ def idle_numbers(space: SearchSpace, base: Checkpoint) -> tuple[str, ...]:
     )
 
 
-def large_blocks(sizes: Mapping[str, int], blocks: int, config: Config) -> tuple[str, ...]:
-    """Warn where candidates answer far more items than they are to, since one task has so few.
+def whole_blocks(sizes: Mapping[str, int], blocks: int, drawn: int, config: Config) -> tuple[str, ...]:
+    """Warn where candidates answer far more or fewer items than they are to, since they answer whole blocks.
 
     Args:
         sizes: search items of each task.
         blocks: that they are cut into.
+        drawn: blocks of a generation.
         config: of the search.
     """
     smallest = min(sizes, key=lambda task: sizes[task])
-    answered = round(sum(sizes.values()) / blocks)
-    wanted = wanted_items(len(sizes), config.suite.items_per_candidate)
+    answered = round(drawn * sum(sizes.values()) / blocks)
+    wanted = min(sum(sizes.values()), wanted_items(len(sizes), config.suite.items_per_candidate))
+    if answered <= 0.8 * wanted:
+        return (
+            f"each candidate answers {answered} items instead of {wanted}: it answers whole blocks, {drawn} of "
+            f"{blocks}; set suite.block_items to {wanted}, or another items_per_candidate",
+        )
     if wanted < len(sizes):
         return (
             f"each candidate answers {answered} items instead of {wanted}, one of each of the {len(sizes)} tasks at "

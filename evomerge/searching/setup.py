@@ -15,7 +15,7 @@ from evomerge.errors import UserError, at, in_file
 from evomerge.evaluation.items import Block, Item, Split
 from evomerge.evaluation.requests import Rolling
 from evomerge.recipe import Recipe, Source
-from evomerge.searching.doubts import idle_numbers, large_blocks, same_content, without_effect
+from evomerge.searching.doubts import idle_numbers, same_content, whole_blocks, without_effect
 from evomerge.searching.draws import block_sizes
 from evomerge.searching.screening import places
 from evomerge.workers.worker import WorkerSpec
@@ -446,7 +446,7 @@ def set_up(
         blocks["screen"] = suite.screen_blocks(blocks["search"])
     per_generation = min(per_generation, len(blocks["search"]))
     warnings += idle_numbers(space, base)
-    warnings += large_blocks(sizes, len(blocks["search"]), config)
+    warnings += whole_blocks(sizes, len(blocks["search"]), per_generation, config)
     baselines = {**baseline_recipes(config, sources), "initial": initial}
     return Setup(
         config=config,

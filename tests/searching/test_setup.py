@@ -179,6 +179,10 @@ def test_a_search_on_a_gpu_asks_once_for_its_longest_text(
             "each candidate answers 2 items instead of 1, one of each of the 2 tasks at least; raise suite.items",
         ),
         (
+            {"suite": {"tasks": ["tiny_a", "tiny_b"], "items_per_candidate": 23, "block_items": 16}},
+            "each candidate answers 16 items instead of 23: it answers whole blocks, 1 of 3; set suite.block_items",
+        ),
+        (
             {"optimizer": {"type": "tpe", "sigma": 0.1}},
             "optimizer.sigma: 0.1 has no effect: tpe takes no first",
         ),
