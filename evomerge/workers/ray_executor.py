@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 START_TIMEOUT = 600.0
 """Seconds that a worker may take to import, read the parents and build the suite."""
 
+MAX_STARTS = 4
+"""How many replacements may be lost while they start, one after another, before the run stops, resumable."""
+
 LISTEN_SECONDS = 1.0
 
 OBJECT_STORE_BYTES = 128 << 20
@@ -61,6 +64,7 @@ class RayExecutor:
         self._queue: deque[Work] = deque()
         self._first: Recipe | None = None
         self._started = 0
+        self._failed_starts = 0
         self._fingerprint = ""
         self._gpus = 0.0
         self._connected = False
@@ -287,12 +291,16 @@ class RayExecutor:
             reason = _first_line(error)
             self._slots[self._slots.index(slot)] = self._spawn()
             if work is None:
-                raise InfrastructureError(
-                    f"a replacement for a lost worker does not start: {reason}"
-                ) from None
+                self._failed_starts += 1
+                if self._failed_starts >= MAX_STARTS:
+                    raise InfrastructureError(
+                        f"replacements for a lost worker do not start, {MAX_STARTS} of them in a row: {reason}"
+                    ) from None
+                return None
             return WorkerLost(work=work.id, reason=reason, worker=slot.name)
         if starting:
             assert self._first is not None
+            self._failed_starts = 0
             slot.held = self._first
             if answer != self._fingerprint:
                 raise InfrastructureError("a replaced worker came up with another engine fingerprint")

@@ -115,6 +115,28 @@ def test_a_replacement_that_gets_no_place_ends_the_wait(
         executor._check_room()
 
 
+def test_replacements_that_are_lost_while_they_start_are_replaced_a_few_times(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    executor = RayExecutor(setup.worker_spec("config.yaml"), setup.config.workers)
+
+    def lost(task: Any) -> None:
+        raise ray.exceptions.RayError("gone")
+
+    monkeypatch.setattr(ray, "get", lost)
+    monkeypatch.setattr(
+        executor, "_spawn", lambda: ray_executor._Slot("worker-9", actor=None, task="starting")
+    )
+    executor._slots = [ray_executor._Slot("worker-1", actor=None, task="starting")]
+    for _ in range(3):
+        assert executor._collect(executor._slots[0]) is None
+        assert executor._slots[0].name == "worker-9"
+    with pytest.raises(InfrastructureError, match=r"do not start, 4 of them in a row"):
+        executor._collect(executor._slots[0])
+
+
 class Asked(Exception):
     """Ray was asked to start."""
 
